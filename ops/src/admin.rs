@@ -1,0 +1,166 @@
+//! The admin listener: `/metrics`, `/healthz`, `/readyz`, and the pages of the process behind it.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
+use http::{HeaderValue, Method, Request, Response};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use protocol::{ErrorCode, Problem, headers, problem};
+use subtle::ConstantTimeEq;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tracing::{debug, warn};
+
+use crate::logs::Causes;
+
+pub type Page = Response<Full<Bytes>>;
+
+/// What one process shows its operator.
+pub trait Admin: Send + Sync + 'static {
+    /// The body of `/metrics`, in the Prometheus text format.
+    fn metrics(&self) -> String;
+
+    /// Whether the process can serve; an error says what it waits for.
+    fn ready(&self) -> Result<(), String>;
+
+    /// Any other page; `None` is a 404.
+    fn page(&self, _method: &Method, _path: &str) -> Option<Page> {
+        None
+    }
+}
+
+/// Why the admin listener did not start.
+#[derive(Debug, thiserror::Error)]
+#[error("the admin listener cannot listen on {address}")]
+pub struct BindError {
+    address: String,
+    source: std::io::Error,
+}
+
+pub async fn bind(address: &str) -> Result<TcpListener, BindError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| BindError {
+            address: address.to_owned(),
+            source,
+        })
+}
+
+/// Serves until the task is aborted. With a `token`, every page but the two health checks needs
+/// `Authorization: Bearer` with it; the comparison takes the same time whatever differs.
+pub async fn serve(listener: TcpListener, token: Option<Arc<str>>, admin: Arc<dyn Admin>) {
+    let mut connections = JoinSet::new();
+    loop {
+        let (stream, peer): (_, SocketAddr) = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    warn!(error = %Causes(&error), "admin accept failed");
+                    // Most likely out of descriptors; without a pause this would spin.
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+            Some(_) = connections.join_next() => continue,
+        };
+        let (admin, token) = (Arc::clone(&admin), token.clone());
+        let service = service_fn(move |request: Request<Incoming>| {
+            let page = answer(&request, token.as_deref(), admin.as_ref());
+            async move { Ok::<_, Infallible>(page) }
+        });
+        connections.spawn(async move {
+            let served = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+            if let Err(error) = served {
+                debug!(%peer, error = %Causes(&error), "admin connection ended");
+            }
+        });
+    }
+}
+
+fn answer(request: &Request<Incoming>, token: Option<&str>, admin: &dyn Admin) -> Page {
+    let path = request.uri().path();
+    match path {
+        "/healthz" => return text("ok\n".to_owned()),
+        "/readyz" => {
+            return match admin.ready() {
+                Ok(()) => text("ready\n".to_owned()),
+                Err(reason) => refusal(&Problem::unavailable(reason)),
+            };
+        }
+        _ => {}
+    }
+    if let Some(token) = token
+        && !bearer_matches(request.headers().get(AUTHORIZATION), token)
+    {
+        let mut page = refusal(&Problem::new(
+            ErrorCode::Unauthorized,
+            "this page needs `Authorization: Bearer` with the admin token",
+        ));
+        page.headers_mut()
+            .insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        return page;
+    }
+    if path == "/metrics" {
+        let mut page = text(admin.metrics());
+        page.headers_mut().insert(
+            CONTENT_TYPE,
+            HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"),
+        );
+        return page;
+    }
+    admin.page(request.method(), path).unwrap_or_else(|| {
+        refusal(&Problem::not_found(format!(
+            "there is no page {path:?} here"
+        )))
+    })
+}
+
+/// Compares in a time that depends on the lengths alone.
+pub fn bearer_matches(value: Option<&HeaderValue>, token: &str) -> bool {
+    value
+        .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "))
+        .is_some_and(|given| given.ct_eq(token.as_bytes()).into())
+}
+
+pub fn text(body: String) -> Page {
+    let mut page = Response::new(Full::new(Bytes::from(body)));
+    page.headers_mut().insert(
+        CONTENT_TYPE,
+        HeaderValue::from_static("text/plain; charset=utf-8"),
+    );
+    page
+}
+
+pub fn json(body: &impl serde::Serialize) -> Page {
+    match serde_json::to_vec(body) {
+        Ok(body) => {
+            let mut page = Response::new(Full::new(Bytes::from(body)));
+            page.headers_mut()
+                .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            page
+        }
+        Err(error) => refusal(&Problem::new(ErrorCode::Internal, error.to_string())),
+    }
+}
+
+pub fn refusal(problem: &Problem) -> Page {
+    let mut page = Response::new(Full::new(Bytes::from(problem.to_json(None))));
+    *page.status_mut() = problem.code.status();
+    page.headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static(problem::MEDIA_TYPE));
+    page.headers_mut().insert(
+        headers::ERROR,
+        HeaderValue::from_static(problem.code.name()),
+    );
+    page
+}

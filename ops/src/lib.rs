@@ -1,0 +1,10 @@
+//! What every process owes its operator: a configuration file with errors one can act on, logs,
+//! signals, and an admin listener with metrics and health.
+
+pub mod admin;
+pub mod config;
+pub mod logs;
+pub mod metrics;
+pub mod process;
+
+pub use logs::Causes;

@@ -1,0 +1,19 @@
+//! What the gateway and the shard nodes must agree on, and nothing else: no I/O, no async, no clock.
+//!
+//! A request names an object; [`ids`] turn the name into an [`ObjectId`], the [`ring`] turns the id
+//! into a shard and the shard into a worker's address, [`headers`] carry all of it there, and what
+//! the system refuses comes back as a [`Problem`] with a code from a closed set ([`ErrorCode`]).
+//! Every bound they share is in [`limits`].
+
+pub mod error_code;
+pub mod headers;
+pub mod ids;
+pub mod limits;
+pub mod problem;
+pub mod ring;
+pub mod trace;
+
+pub use error_code::ErrorCode;
+pub use ids::{ClassName, Colo, Home, ObjectId, ObjectName, ShardId};
+pub use problem::Problem;
+pub use ring::{Ring, RingVersion};

@@ -1,0 +1,362 @@
+//! What a class implements, and all that an object may touch.
+//!
+//! A [`Class`] makes [`Instance`]s, one per awake object; an instance lives on its worker's thread
+//! and never meets another thread. It is rebuilt from storage after sleep, so its fields are a cache.
+//!
+//! A handler returns a [`Turn`]. What it did before returning, and each stretch between two awaits of
+//! a running turn, is one transaction: committed and durable before the answer leaves, or, if the
+//! handler fails, undone. While one handler awaits, others of the same object may run, as
+//! everywhere Durable Objects exist. Fields are not undone: change storage first, fields after.
+
+use std::future::Future;
+use std::ops::RangeInclusive;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{self, Poll};
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+use http::{Request, Response};
+use http_body_util::BodyExt;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use protocol::{ClassName, ErrorCode, ObjectId, ObjectName, Problem};
+pub use serde_json::Value as Json;
+
+use crate::clock::Clock;
+use crate::storage::{KvError, Storage, StorageError};
+
+/// The code of a class of objects. One value per node, shared by all workers.
+pub trait Class: Send + Sync + 'static {
+    fn name(&self) -> &ClassName;
+
+    /// The methods that [`Instance::call`] answers to, for the refusal of any other.
+    fn methods(&self) -> &'static [&'static str];
+
+    /// The constructor. Runs as part of the first turn after sleep; if it fails, so does that turn.
+    fn construct(&self, context: Context) -> Result<Rc<dyn Instance>, ClassError>;
+}
+
+/// The code of one awake object.
+pub trait Instance: 'static {
+    /// Answers an HTTP request. The path is what follows the object's name.
+    fn fetch(self: Rc<Self>, request: Request<Body>) -> Turn<Response<Body>>;
+
+    /// Answers a call of one of [`Class::methods`].
+    fn call(self: Rc<Self>, method: &str, args: Args) -> Turn<Json>;
+}
+
+/// One event applied from start to end, or still running.
+pub enum Turn<T> {
+    /// Done without awaiting: the whole turn was atomic.
+    Done(Result<T, ClassError>),
+    Running(LocalBoxFuture<'static, Result<T, ClassError>>),
+}
+
+impl<T> Turn<T> {
+    pub fn run(future: impl Future<Output = Result<T, ClassError>> + 'static) -> Self {
+        Self::Running(Box::pin(future))
+    }
+}
+
+/// Why a handler gave no answer. Its turn is rolled back.
+#[derive(Debug, thiserror::Error)]
+pub enum ClassError {
+    #[error("{0}")]
+    BadRequest(String),
+    #[error("{0}")]
+    NotFound(String),
+    #[error("{detail}")]
+    MethodNotAllowed { allow: &'static str, detail: String },
+    #[error("{0}")]
+    PayloadTooLarge(String),
+    /// An exception of class code.
+    #[error("{name}: {message}")]
+    Thrown { name: String, message: String },
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+}
+
+impl From<KvError> for ClassError {
+    fn from(error: KvError) -> Self {
+        Self::Storage(error.into())
+    }
+}
+
+impl ClassError {
+    /// Whether the object may not go on: its memory and its database may differ.
+    pub fn resets(&self) -> bool {
+        matches!(
+            self,
+            Self::Storage(StorageError::OutOfTime(_) | StorageError::Broken { .. })
+        )
+    }
+
+    pub fn problem(&self) -> Problem {
+        let detail = self.to_string();
+        match self {
+            Self::BadRequest(_) => Problem::bad_request(detail),
+            Self::NotFound(_) => Problem::not_found(detail),
+            Self::MethodNotAllowed { allow, .. } => Problem::method_not_allowed(allow, detail),
+            Self::PayloadTooLarge(_) => Problem::new(ErrorCode::PayloadTooLarge, detail),
+            Self::Thrown { .. } => Problem::new(ErrorCode::Internal, detail),
+            Self::Storage(error) => Problem::new(storage_code(error), detail),
+        }
+        .from_class()
+    }
+}
+
+fn storage_code(error: &StorageError) -> ErrorCode {
+    match error {
+        StorageError::Sql { .. } | StorageError::Denied(_) => ErrorCode::BadRequest,
+        StorageError::Kv(KvError::PairTooLarge { .. }) => ErrorCode::PayloadTooLarge,
+        StorageError::Kv(
+            KvError::EmptyKey | KvError::KeyTooLong(_) | KvError::BatchTooLarge(_),
+        ) => ErrorCode::BadRequest,
+        StorageError::OutOfTime(_) => ErrorCode::ObjectReset,
+        StorageError::Full(_) | StorageError::RolledBack => ErrorCode::StorageFull,
+        StorageError::Broken { .. } => ErrorCode::Internal,
+    }
+}
+
+/// All that an object may touch. Cheap to clone.
+#[derive(Clone)]
+pub struct Context(Rc<Inner>);
+
+struct Inner {
+    id: ObjectId,
+    class: ClassName,
+    storage: Storage,
+    clock: Arc<dyn Clock>,
+}
+
+impl Context {
+    pub(crate) fn new(
+        id: ObjectId,
+        class: ClassName,
+        storage: Storage,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        Self(Rc::new(Inner {
+            id,
+            class,
+            storage,
+            clock,
+        }))
+    }
+
+    pub fn id(&self) -> ObjectId {
+        self.0.id
+    }
+
+    pub fn class(&self) -> &ClassName {
+        &self.0.class
+    }
+
+    /// The name this object was called by, now or ever before; `None` for unique ids.
+    pub fn name(&self) -> Result<Option<ObjectName>, StorageError> {
+        self.0.storage.name()
+    }
+
+    pub fn storage(&self) -> &Storage {
+        &self.0.storage
+    }
+
+    /// Milliseconds since 1970.
+    pub fn unix_millis(&self) -> u64 {
+        self.0.clock.unix_millis()
+    }
+}
+
+/// The arguments of a call, with refusals that say which one is wrong and what it should be.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Args {
+    method: Box<str>,
+    values: Vec<Json>,
+}
+
+impl Args {
+    pub fn new(method: &str, values: Vec<Json>) -> Self {
+        Self {
+            method: method.into(),
+            values,
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
+    /// Refuses a wrong number of arguments; `usage` shows the right ones.
+    pub fn expect(&self, count: RangeInclusive<usize>, usage: &str) -> Result<(), ClassError> {
+        if count.contains(&self.values.len()) {
+            return Ok(());
+        }
+        Err(ClassError::BadRequest(format!(
+            "{} got {} arguments, but it is called as {usage}",
+            self.method,
+            self.values.len()
+        )))
+    }
+
+    pub fn get(&self, at: usize) -> Option<&Json> {
+        self.values.get(at)
+    }
+
+    /// Argument `at`, counted from 0, taken out of the list.
+    pub fn take(&mut self, at: usize) -> Json {
+        self.values.get_mut(at).map(Json::take).unwrap_or_default()
+    }
+
+    pub fn text(&self, at: usize, name: &str) -> Result<&str, ClassError> {
+        match self.get(at) {
+            Some(Json::String(text)) => Ok(text),
+            other => Err(self.wrong(at, name, "a string", other)),
+        }
+    }
+
+    /// A 64-bit integer, or `None` if the list ends before it.
+    pub fn integer(&self, at: usize, name: &str) -> Result<Option<i64>, ClassError> {
+        match self.get(at) {
+            None => Ok(None),
+            Some(value) => value
+                .as_i64()
+                .map(Some)
+                .ok_or_else(|| self.wrong(at, name, "an integer of 64 bits", Some(value))),
+        }
+    }
+
+    /// The refusal of one argument.
+    pub fn wrong(&self, at: usize, name: &str, rule: &str, value: Option<&Json>) -> ClassError {
+        let value = match value {
+            None => "missing".to_owned(),
+            Some(value) => clip(&value.to_string()),
+        };
+        ClassError::BadRequest(format!(
+            "{}: argument {} ({name}) must be {rule}, not {value}",
+            self.method,
+            at + 1
+        ))
+    }
+}
+
+/// Shortens a value for an error message.
+fn clip(text: &str) -> String {
+    match text.char_indices().nth(60) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A request or response body: bytes at hand, or a stream.
+pub struct Body(Kind);
+
+enum Kind {
+    Bytes(Bytes),
+    Incoming(Incoming),
+    Stream(Pin<Box<dyn HttpBody<Data = Bytes, Error = BoxError>>>),
+}
+
+impl Body {
+    pub fn empty() -> Self {
+        Self(Kind::Bytes(Bytes::new()))
+    }
+
+    /// A body that is produced while it is sent. The object stays awake until it has ended.
+    pub fn stream(body: impl HttpBody<Data = Bytes, Error = BoxError> + 'static) -> Self {
+        Self(Kind::Stream(Box::pin(body)))
+    }
+
+    /// The whole body in memory, if it has at most `max` bytes.
+    pub async fn read(self, max: usize) -> Result<Bytes, ClassError> {
+        let too_large = |bytes: u64| {
+            ClassError::PayloadTooLarge(format!("a body of {bytes} bytes is larger than {max}"))
+        };
+        let announced = self.size_hint().lower();
+        if announced > max as u64 {
+            return Err(too_large(announced));
+        }
+        let whole = match self.0 {
+            Kind::Bytes(bytes) => return Ok(bytes),
+            Kind::Incoming(incoming) => http_body_util::Limited::new(incoming, max).collect().await,
+            Kind::Stream(stream) => http_body_util::Limited::new(stream, max).collect().await,
+        };
+        match whole {
+            Ok(whole) => Ok(whole.to_bytes()),
+            Err(error) if error.is::<http_body_util::LengthLimitError>() => {
+                Err(too_large(max as u64 + 1))
+            }
+            Err(error) => Err(ClassError::BadRequest(format!(
+                "the body broke off: {error}"
+            ))),
+        }
+    }
+
+    /// Whether there is more to come after the response's head has left.
+    pub(crate) fn is_stream(&self) -> bool {
+        !matches!(self.0, Kind::Bytes(_))
+    }
+}
+
+impl From<Bytes> for Body {
+    fn from(bytes: Bytes) -> Self {
+        Self(Kind::Bytes(bytes))
+    }
+}
+
+impl From<Vec<u8>> for Body {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self(Kind::Bytes(bytes.into()))
+    }
+}
+
+impl From<String> for Body {
+    fn from(text: String) -> Self {
+        Self(Kind::Bytes(text.into()))
+    }
+}
+
+impl From<Incoming> for Body {
+    fn from(incoming: Incoming) -> Self {
+        Self(Kind::Incoming(incoming))
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match &mut self.0 {
+            Kind::Bytes(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Kind::Bytes(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Kind::Incoming(incoming) => Pin::new(incoming).poll_frame(cx).map_err(Into::into),
+            Kind::Stream(stream) => stream.as_mut().poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.0 {
+            Kind::Bytes(bytes) => bytes.is_empty(),
+            Kind::Incoming(incoming) => incoming.is_end_stream(),
+            Kind::Stream(stream) => stream.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.0 {
+            Kind::Bytes(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Kind::Incoming(incoming) => incoming.size_hint(),
+            Kind::Stream(stream) => stream.size_hint(),
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! The classes that ship with the node, and the set of classes a node hosts.
+
+mod answer;
+pub mod counter;
+pub mod kv;
+pub mod sql;
+mod values;
+
+use std::sync::Arc;
+
+use protocol::ClassName;
+
+use crate::class::Class;
+
+/// The classes of one node. A class named twice is replaced by the later one.
+#[derive(Clone, Default)]
+pub struct Classes(Vec<Arc<dyn Class>>);
+
+impl Classes {
+    /// [`Counter`](counter::Counter), [`Kv`](kv::Kv) and [`Sql`](sql::Sql).
+    pub fn built_in() -> Self {
+        Self::default()
+            .with(counter::Counter::default())
+            .with(kv::Kv::default())
+            .with(sql::Sql::default())
+    }
+
+    #[must_use]
+    pub fn with(mut self, class: impl Class) -> Self {
+        self.0.retain(|known| known.name() != class.name());
+        self.0.push(Arc::new(class));
+        self
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<dyn Class>> {
+        self.0.iter()
+    }
+
+    /// All names, for the refusal of one that is not among them.
+    pub fn names(&self) -> String {
+        let names: Vec<&str> = self.0.iter().map(|class| class.name().as_str()).collect();
+        names.join(", ")
+    }
+}
+
+fn name(text: &str) -> ClassName {
+    text.parse()
+        .expect("the names of built-in classes are legal")
+}

@@ -1,0 +1,194 @@
+//! The directory that holds everything durable, and the lock that makes one node its owner.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Version of the layout under the data directory.
+const FORMAT: u32 = 1;
+
+/// Why a data directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DataDirError {
+    #[error("data directory {path} cannot be used for {what}")]
+    Io {
+        path: PathBuf,
+        what: &'static str,
+        source: io::Error,
+    },
+    #[error("data directory {path} belongs to a running node (process {owner})")]
+    Locked { path: PathBuf, owner: String },
+    #[error("data directory {path} has format {found}; this version reads format {FORMAT}")]
+    Format { path: PathBuf, found: u32 },
+    #[error(
+        "data directory {path} was made with ring.shards = {made}; it cannot be opened with {asked}, because every object would be looked for in another shard"
+    )]
+    Shards {
+        path: PathBuf,
+        made: u16,
+        asked: u16,
+    },
+    #[error("data directory {path}: {file} is not valid")]
+    Manifest {
+        path: PathBuf,
+        file: &'static str,
+        source: serde_json::Error,
+    },
+}
+
+/// A data directory that this process owns until the value is dropped or the process ends.
+#[derive(Debug)]
+pub struct DataDir {
+    path: PathBuf,
+    /// Holds the lock, which the kernel releases with the last descriptor, also after kill -9.
+    _lock: File,
+}
+
+/// `node.json`: what must not change between starts.
+#[derive(Debug, Serialize, Deserialize)]
+struct Manifest {
+    format: u32,
+    shards: u16,
+}
+
+const MANIFEST: &str = "node.json";
+
+impl DataDir {
+    /// Creates the directory if need be, locks it, and checks that it fits the ring.
+    pub fn open(path: &Path, shards: u16) -> Result<Self, DataDirError> {
+        let io = |what| {
+            let path = path.to_owned();
+            move |source| DataDirError::Io { path, what, source }
+        };
+        std::fs::create_dir_all(path.join("shards")).map_err(io("writing"))?;
+        let lock = lock(path)?;
+        let manifest = path.join(MANIFEST);
+        match std::fs::read(&manifest) {
+            Ok(bytes) => check(path, &bytes, shards)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                write_manifest(path, shards).map_err(io("writing"))?;
+            }
+            Err(error) => return Err(io("reading")(error)),
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            _lock: lock,
+        })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn lock(path: &Path) -> Result<File, DataDirError> {
+    let io = |what| {
+        let path = path.to_owned();
+        move |source| DataDirError::Io { path, what, source }
+    };
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path.join("lock"))
+        .map_err(io("writing"))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut owner = String::new();
+            file.read_to_string(&mut owner).map_err(io("reading"))?;
+            return Err(DataDirError::Locked {
+                path: path.to_owned(),
+                owner: owner.trim().to_owned(),
+            });
+        }
+        Err(TryLockError::Error(error)) => return Err(io("locking")(error)),
+    }
+    // For the message of the next one who tries.
+    file.set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| writeln!(file, "{}", std::process::id()))
+        .map_err(io("writing"))?;
+    Ok(file)
+}
+
+fn check(path: &Path, bytes: &[u8], shards: u16) -> Result<(), DataDirError> {
+    let manifest: Manifest =
+        serde_json::from_slice(bytes).map_err(|source| DataDirError::Manifest {
+            path: path.to_owned(),
+            file: MANIFEST,
+            source,
+        })?;
+    if manifest.format != FORMAT {
+        return Err(DataDirError::Format {
+            path: path.to_owned(),
+            found: manifest.format,
+        });
+    }
+    if manifest.shards != shards {
+        return Err(DataDirError::Shards {
+            path: path.to_owned(),
+            made: manifest.shards,
+            asked: shards,
+        });
+    }
+    Ok(())
+}
+
+/// Whole or not at all, also across a power loss.
+fn write_manifest(path: &Path, shards: u16) -> io::Result<()> {
+    let manifest = Manifest {
+        format: FORMAT,
+        shards,
+    };
+    let new = path.join("node.json.new");
+    let mut file = File::create(&new)?;
+    file.write_all(&serde_json::to_vec(&manifest)?)?;
+    file.sync_all()?;
+    std::fs::rename(&new, path.join(MANIFEST))?;
+    File::open(path)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_owner_is_refused_and_told_the_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = DataDir::open(dir.path(), 128).unwrap();
+        let refused = DataDir::open(dir.path(), 128).unwrap_err().to_string();
+        assert!(refused.contains("belongs to a running node"), "{refused}");
+        assert!(
+            refused.contains(&std::process::id().to_string()),
+            "{refused}"
+        );
+        drop(first);
+        DataDir::open(dir.path(), 128).unwrap();
+    }
+
+    #[test]
+    fn another_number_of_shards_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(DataDir::open(dir.path(), 128).unwrap());
+        let refused = DataDir::open(dir.path(), 64).unwrap_err().to_string();
+        assert!(refused.contains("made with ring.shards = 128"), "{refused}");
+    }
+
+    #[test]
+    fn damaged_and_future_manifests_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(DataDir::open(dir.path(), 128).unwrap());
+        std::fs::write(dir.path().join(MANIFEST), "{\"format\":2,\"shards\":128}").unwrap();
+        let refused = DataDir::open(dir.path(), 128).unwrap_err().to_string();
+        assert!(refused.contains("has format 2"), "{refused}");
+        std::fs::write(dir.path().join(MANIFEST), "{").unwrap();
+        assert!(matches!(
+            DataDir::open(dir.path(), 128),
+            Err(DataDirError::Manifest { .. })
+        ));
+    }
+}

@@ -1,0 +1,489 @@
+//! The objects of one worker: activated on demand, run one turn at a time, evicted when idle.
+//!
+//! Everything happens on the worker's thread. [`deliver`](Host::deliver) puts an event into its
+//! object's mailbox and the object into the run queue; [`run`](Host::run) takes objects from the
+//! queue and applies their events in the order of arrival. A turn that awaits goes on as a task of
+//! its own, each of its stretches again one transaction, while the object takes its next event.
+//!
+//! Invariants: an object is in the table at most once per id; it is in the run queue if its mailbox is not
+//! empty and it may start a turn; it leaves the table only when idle, or broken.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{self, Poll, Waker};
+
+use futures_util::future::LocalBoxFuture;
+use protocol::{ClassName, ErrorCode, ObjectId, ObjectName, Problem, ShardId};
+use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
+use tracing::{debug, warn};
+use xxhash_rust::xxh3::Xxh3DefaultBuilder;
+
+use crate::class::{Class, ClassError, Context, Turn};
+use crate::clock::Clock;
+use crate::config::{MailboxConfig, ObjectsConfig};
+use crate::metrics::Metrics;
+use crate::object::mailbox::{Answer, Event, Letter, Mailbox, Reply};
+use crate::object::{Failure, Object};
+use crate::storage::{Engine, Identity, SqlConfig, Storage};
+use crate::worker::or_abort;
+
+/// Turns of one object before the next object has its turn.
+const TURNS_IN_A_ROW: usize = 64;
+
+/// Idle objects looked at for every one that must leave.
+const EVICTION_TRIES: usize = 64;
+
+/// What a host needs to know.
+#[derive(Clone)]
+pub struct HostConfig {
+    pub mailbox: MailboxConfig,
+    pub objects: ObjectsConfig,
+    pub sql: Arc<SqlConfig>,
+}
+
+/// Whom a request is for. The id was checked against the class; the name, if any, leads to the id.
+#[derive(Clone)]
+pub struct Address {
+    pub class: Arc<dyn Class>,
+    pub id: ObjectId,
+    pub name: Option<ObjectName>,
+    pub shard: ShardId,
+}
+
+/// The objects of one worker.
+pub struct Host {
+    config: HostConfig,
+    engine: Rc<dyn Engine>,
+    clock: Arc<dyn Clock>,
+    metrics: Rc<Metrics>,
+    objects: RefCell<HashMap<ObjectId, Rc<Object>, Xxh3DefaultBuilder>>,
+    ready: RefCell<VecDeque<Rc<Object>>>,
+    work: Notify,
+    /// Every object once, roughly by last use, with the use that was known when it was queued.
+    by_use: RefCell<VecDeque<(Instant, Rc<Object>)>>,
+    waiting: Cell<usize>,
+    flights: Cell<u64>,
+}
+
+impl Host {
+    pub fn new(
+        config: HostConfig,
+        engine: Rc<dyn Engine>,
+        clock: Arc<dyn Clock>,
+        metrics: Rc<Metrics>,
+    ) -> Rc<Self> {
+        Rc::new(Self {
+            config,
+            engine,
+            clock,
+            metrics,
+            objects: RefCell::default(),
+            ready: RefCell::default(),
+            work: Notify::new(),
+            by_use: RefCell::default(),
+            waiting: Cell::new(0),
+            flights: Cell::new(0),
+        })
+    }
+
+    /// Puts an event into its object's mailbox; the object wakes if it sleeps. The answer comes after
+    /// everything it depends on is durable.
+    ///
+    /// # Errors
+    /// `overloaded` when the mailbox, or the memory for awake objects, is full. Nothing ran.
+    pub async fn deliver(&self, address: &Address, event: Event) -> Answer {
+        let object = self.activate(address)?;
+        let (reply, answer) = oneshot::channel();
+        let letter = Letter {
+            event,
+            reply,
+            arrived: Instant::now(),
+        };
+        let pushed = object.mailbox.borrow_mut().push(letter);
+        if let Err(problem) = pushed {
+            self.metrics.mailbox_refusals.increment(1);
+            return Err(problem);
+        }
+        self.waiting.set(self.waiting.get() + 1);
+        self.make_ready(&object);
+        drop(object);
+        answer.await.unwrap_or_else(|_| {
+            Err(Problem::new(
+                ErrorCode::ObjectReset,
+                "the object was reset while this request was under way",
+            ))
+        })
+    }
+
+    /// Keeps an object in memory until the guard is dropped.
+    pub fn hold(self: &Rc<Self>, id: ObjectId) -> Option<Hold> {
+        let object = Rc::clone(self.objects.borrow().get(&id)?);
+        object.holds.set(object.holds.get() + 1);
+        Some(Hold(object))
+    }
+
+    /// Applies events for ever.
+    pub async fn run(self: Rc<Self>) {
+        loop {
+            let batch = self.ready.borrow().len();
+            if batch == 0 {
+                self.work.notified().await;
+                continue;
+            }
+            for _ in 0..batch {
+                let Some(object) = self.ready.borrow_mut().pop_front() else {
+                    break;
+                };
+                self.run_object(&object);
+            }
+            // Let connections read what arrived meanwhile and write what was answered.
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Once per period: evicts objects that were idle for long enough, answers requests that waited
+    /// for too long, and publishes what is not counted event by event.
+    pub fn tick(&self) {
+        self.metrics.mailbox_depth.set(self.waiting.get() as f64);
+        let now = Instant::now();
+        if self.waiting.get() > 0 {
+            let objects: Vec<Rc<Object>> = self.objects.borrow().values().cloned().collect();
+            for object in objects {
+                self.answer_overdue(&object, now);
+            }
+        }
+        // Every entry is looked at most once, even if nothing leaves.
+        for _ in 0..self.by_use.borrow().len() {
+            match self.by_use.borrow().front() {
+                Some((used, _)) if now.duration_since(*used) >= self.config.objects.idle_after => {}
+                _ => break,
+            }
+            self.evict_or_requeue(now);
+        }
+    }
+
+    /// Requests that wait in mailboxes.
+    pub fn waiting(&self) -> usize {
+        self.waiting.get()
+    }
+
+    pub fn is_awake(&self, id: ObjectId) -> bool {
+        self.objects.borrow().contains_key(&id)
+    }
+
+    pub fn awake(&self) -> usize {
+        self.objects.borrow().len()
+    }
+
+    /// Stops everything: turns under way are dropped, databases are closed.
+    pub fn shut_down(&self) {
+        for (_, object) in self.objects.borrow_mut().drain() {
+            object.break_up();
+            self.metrics.awake(object.class.name()).decrement(1);
+        }
+        self.by_use.borrow_mut().clear();
+        self.ready.borrow_mut().clear();
+    }
+
+    fn activate(&self, address: &Address) -> Result<Rc<Object>, Problem> {
+        if let Some(object) = self.objects.borrow().get(&address.id) {
+            return Ok(Rc::clone(object));
+        }
+        self.make_room()?;
+        let object = self.new_object(address, Mailbox::new(&self.config.mailbox));
+        self.insert(&object);
+        Ok(object)
+    }
+
+    fn new_object(&self, address: &Address, mailbox: Mailbox) -> Rc<Object> {
+        let class = address.class.name().clone();
+        let identity = Identity {
+            id: address.id,
+            class: class.clone(),
+            name: address.name.clone(),
+            shard: address.shard,
+        };
+        let storage = Storage::new(
+            identity,
+            Rc::clone(&self.engine),
+            Arc::clone(&self.config.sql),
+        );
+        let context = Context::new(address.id, class, storage, Arc::clone(&self.clock));
+        Rc::new(Object::new(Arc::clone(&address.class), context, mailbox))
+    }
+
+    fn insert(&self, object: &Rc<Object>) {
+        self.metrics.activations.increment(1);
+        self.metrics.awake(object.class.name()).increment(1);
+        self.objects
+            .borrow_mut()
+            .insert(object.id(), Rc::clone(object));
+        self.by_use
+            .borrow_mut()
+            .push_back((object.last_used.get(), Rc::clone(object)));
+    }
+
+    /// Evicts until one more object fits.
+    fn make_room(&self) -> Result<(), Problem> {
+        let max = self.config.objects.awake_max.get() as usize;
+        let mut tries = EVICTION_TRIES;
+        while self.objects.borrow().len() >= max {
+            if tries == 0 {
+                return Err(Problem::new(
+                    ErrorCode::Overloaded,
+                    format!("{max} objects are awake on this worker, and all seem busy"),
+                ));
+            }
+            tries -= 1;
+            self.evict_or_requeue(Instant::now());
+        }
+        Ok(())
+    }
+
+    /// Takes the entry that looks least recently used: evicts its object if it is idle and was not
+    /// used since, else queues it again.
+    fn evict_or_requeue(&self, now: Instant) {
+        let Some((used, object)) = self.by_use.borrow_mut().pop_front() else {
+            return;
+        };
+        if object.broken.get() {
+            return;
+        }
+        let idle = object.is_idle();
+        if idle && object.last_used.get() == used {
+            self.objects.borrow_mut().remove(&object.id());
+            self.metrics.evictions.increment(1);
+            self.metrics.awake(object.class.name()).decrement(1);
+            object.break_up();
+            return;
+        }
+        let used = if idle { object.last_used.get() } else { now };
+        if !idle {
+            object.last_used.set(now);
+        }
+        self.by_use.borrow_mut().push_back((used, object));
+    }
+
+    fn make_ready(&self, object: &Rc<Object>) {
+        if !object.queued.replace(true) {
+            self.ready.borrow_mut().push_back(Rc::clone(object));
+            self.work.notify_one();
+        }
+    }
+
+    fn run_object(self: &Rc<Self>, object: &Rc<Object>) {
+        object.queued.set(false);
+        let now = Instant::now();
+        for _ in 0..TURNS_IN_A_ROW {
+            if object.broken.get() {
+                return;
+            }
+            if object.flights.borrow().len() >= self.config.mailbox.in_flight_max.get() as usize {
+                // A flight that lands makes the object ready again.
+                return;
+            }
+            self.answer_overdue(object, now);
+            let Some(letter) = object.mailbox.borrow_mut().pop() else {
+                break;
+            };
+            self.waiting.set(self.waiting.get() - 1);
+            if letter.reply.is_closed() {
+                // The caller hung up before anything ran.
+                continue;
+            }
+            let waited = now.saturating_duration_since(letter.arrived);
+            self.metrics.mailbox_wait.record(waited.as_secs_f64());
+            self.start_turn(object, letter);
+        }
+        object.last_used.set(now);
+        if !object.mailbox.borrow().is_empty() {
+            self.make_ready(object);
+        }
+    }
+
+    fn answer_overdue(&self, object: &Object, now: Instant) {
+        loop {
+            let mut mailbox = object.mailbox.borrow_mut();
+            let Some(letter) = mailbox.pop_overdue(now) else {
+                return;
+            };
+            let problem = mailbox.overdue_problem();
+            drop(mailbox);
+            self.waiting.set(self.waiting.get() - 1);
+            self.metrics.mailbox_refusals.increment(1);
+            // A closed channel is a caller that hung up.
+            drop(letter.reply.send(Err(problem)));
+        }
+    }
+
+    /// The first stretch of a turn. If it awaits, a task takes it on.
+    fn start_turn(self: &Rc<Self>, object: &Rc<Object>, letter: Letter) {
+        let Letter { event, reply, .. } = letter;
+        let mut running = None;
+        let outcome = object.segment(&self.metrics, || {
+            let mut turn = match begin(object, event) {
+                Ok(Turn::Done(result)) => return Poll::Ready(result),
+                Ok(Turn::Running(future)) => future,
+                Err(error) => return Poll::Ready(Err(error)),
+            };
+            // The task polls again and registers its own waker.
+            let polled = turn
+                .as_mut()
+                .poll(&mut task::Context::from_waker(Waker::noop()));
+            if polled.is_pending() {
+                running = Some(turn);
+            }
+            polled
+        });
+        match (outcome, running) {
+            (Poll::Ready(result), _) => self.finish(object, result, reply),
+            (Poll::Pending, Some(turn)) => {
+                let number = self.flights.get();
+                self.flights.set(number + 1);
+                let flight = Flight {
+                    host: Rc::clone(self),
+                    object: Rc::clone(object),
+                    number,
+                    turn,
+                    reply: Some(reply),
+                };
+                let task = tokio::task::spawn_local(or_abort(flight));
+                object
+                    .flights
+                    .borrow_mut()
+                    .insert(number, task.abort_handle());
+            }
+            (Poll::Pending, None) => unreachable!("only a running turn is pending"),
+        }
+    }
+
+    fn finish(
+        self: &Rc<Self>,
+        object: &Rc<Object>,
+        result: Result<Reply, Failure>,
+        reply: oneshot::Sender<Answer>,
+    ) {
+        let answer = match result {
+            Ok(value) => Ok(value),
+            Err(Failure::Refused(problem)) => Err(problem),
+            Err(Failure::Reset(problem)) => {
+                warn!(object = %object.id(), class = %object.class.name(), reason = problem.detail, "object reset");
+                self.reset(object);
+                Err(problem)
+            }
+        };
+        // A closed channel is a caller that hung up; what was committed stays.
+        drop(reply.send(answer));
+    }
+
+    /// Replaces the object by a fresh one that starts from its last durable commit and inherits the
+    /// requests that had not started.
+    fn reset(self: &Rc<Self>, object: &Rc<Object>) {
+        if object.broken.get() {
+            return;
+        }
+        self.metrics.resets.increment(1);
+        let name = object.context.name().ok().flatten();
+        object.break_up();
+        self.objects.borrow_mut().remove(&object.id());
+        self.metrics.awake(object.class.name()).decrement(1);
+        let mailbox = object.mailbox.replace(Mailbox::new(&self.config.mailbox));
+        if mailbox.is_empty() {
+            return;
+        }
+        let address = Address {
+            class: Arc::clone(&object.class),
+            id: object.id(),
+            name,
+            shard: object.context.storage().shard(),
+        };
+        let fresh = self.new_object(&address, mailbox);
+        self.insert(&fresh);
+        self.make_ready(&fresh);
+    }
+}
+
+/// Hands an event to the instance.
+fn begin(object: &Object, event: Event) -> Result<Turn<Reply>, ClassError> {
+    let instance = object.instance()?;
+    Ok(match event {
+        Event::Fetch(request) => map_turn(instance.fetch(request), Reply::Response),
+        Event::Call { method, args } => {
+            let methods = object.class.methods();
+            if !methods.contains(&method.as_ref()) {
+                return Err(no_method(object.class.name(), &method, methods));
+            }
+            map_turn(instance.call(&method, args), Reply::Value)
+        }
+    })
+}
+
+fn no_method(class: &ClassName, method: &str, methods: &[&str]) -> ClassError {
+    ClassError::NotFound(format!(
+        "class {class} has no method {method:?}; it has {}",
+        methods.join(", ")
+    ))
+}
+
+fn map_turn<T: 'static>(turn: Turn<T>, into: fn(T) -> Reply) -> Turn<Reply> {
+    match turn {
+        Turn::Done(result) => Turn::Done(result.map(into)),
+        Turn::Running(future) => Turn::run(async move { future.await.map(into) }),
+    }
+}
+
+/// The rest of a turn that awaits something.
+struct Flight {
+    host: Rc<Host>,
+    object: Rc<Object>,
+    number: u64,
+    turn: LocalBoxFuture<'static, Result<Reply, ClassError>>,
+    reply: Option<oneshot::Sender<Answer>>,
+}
+
+impl Future for Flight {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<()> {
+        if self.object.broken.get() {
+            return Poll::Ready(());
+        }
+        let Self {
+            object, host, turn, ..
+        } = &mut *self;
+        let outcome = object.segment(&host.metrics, || turn.as_mut().poll(cx));
+        let Poll::Ready(result) = outcome else {
+            return Poll::Pending;
+        };
+        if let Some(reply) = self.reply.take() {
+            self.host.finish(&self.object, result, reply);
+        }
+        Poll::Ready(())
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        self.object.flights.borrow_mut().remove(&self.number);
+        self.object.last_used.set(Instant::now());
+        if !self.object.broken.get() && !self.object.mailbox.borrow().is_empty() {
+            self.host.make_ready(&self.object);
+        }
+    }
+}
+
+/// Keeps its object in memory.
+pub struct Hold(Rc<Object>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.holds.set(self.0.holds.get() - 1);
+        self.0.last_used.set(Instant::now());
+        debug!(object = %self.0.id(), "released");
+    }
+}

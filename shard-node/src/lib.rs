@@ -1,0 +1,21 @@
+//! Hosts objects: each single-threaded, with a name and a SQLite database of its own, asleep unless
+//! something happens.
+//!
+//! The life of a request: [`worker`](node) accepts the connection on its own thread; `server` reads
+//! the routing headers and refuses what another worker owns; [`host`] finds the object in memory or
+//! activates it, and puts the request into its mailbox; the turn loop hands it to the
+//! [`class`]'s instance inside one transaction of the object's [`storage`]; the reply leaves once
+//! that transaction is durable.
+
+pub mod class;
+pub mod classes;
+pub mod clock;
+pub mod config;
+pub mod data_dir;
+pub mod host;
+pub mod metrics;
+pub mod node;
+pub mod object;
+mod server;
+pub mod storage;
+mod worker;

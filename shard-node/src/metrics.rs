@@ -1,0 +1,137 @@
+//! Everything a node counts. Names begin with `shard_`; labels are closed sets: a class, a code, a
+//! worker's number, never an object.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use metrics::{
+    Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram,
+    gauge, histogram,
+};
+use ops::metrics::Registry;
+use protocol::{ClassName, ErrorCode};
+
+/// How a request ended: with an answer of the object, or refused by the system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Code {
+    Status(u16),
+    Refused(ErrorCode),
+}
+
+impl Code {
+    fn label(self) -> String {
+        match self {
+            Self::Status(status) => status.to_string(),
+            Self::Refused(code) => code.name().to_owned(),
+        }
+    }
+}
+
+/// The label of requests that named no class of this node.
+const NO_CLASS: &str = "none";
+
+/// The metrics of one worker. Not shared: handles that depend on labels are kept in a plain map.
+pub struct Metrics {
+    registry: Arc<Registry>,
+    requests: RefCell<HashMap<(Option<ClassName>, Code), Requests>>,
+    awake: RefCell<HashMap<ClassName, Gauge>>,
+    pub mailbox_wait: Histogram,
+    pub mailbox_depth: Gauge,
+    pub mailbox_refusals: Counter,
+    pub commits: Counter,
+    pub commit_time: Histogram,
+    pub activations: Counter,
+    pub evictions: Counter,
+    pub resets: Counter,
+}
+
+/// What is counted per class and code.
+#[derive(Clone)]
+struct Requests {
+    total: Counter,
+    seconds: Histogram,
+}
+
+impl Metrics {
+    pub fn new(registry: Arc<Registry>, worker: u16) -> Self {
+        describe();
+        let worker = worker.to_string();
+        registry.clone().register(|| Self {
+            registry,
+            requests: RefCell::default(),
+            awake: RefCell::default(),
+            mailbox_wait: histogram!("shard_mailbox_wait_seconds"),
+            mailbox_depth: gauge!("shard_mailbox_depth", "worker" => worker.clone()),
+            mailbox_refusals: counter!("shard_mailbox_refusals_total"),
+            commits: counter!("shard_commits_total"),
+            commit_time: histogram!("shard_commit_seconds"),
+            activations: counter!("shard_activations_total"),
+            evictions: counter!("shard_evictions_total"),
+            resets: counter!("shard_object_resets_total"),
+        })
+    }
+
+    /// One request was answered.
+    pub fn request(&self, class: Option<&ClassName>, code: Code, took: Duration) {
+        let mut known = self.requests.borrow_mut();
+        let key = (class.cloned(), code);
+        let handles = known.entry(key).or_insert_with(|| {
+            let class = class.map_or(NO_CLASS, ClassName::as_str).to_owned();
+            let code = code.label();
+            self.registry.register(|| Requests {
+                total: counter!("shard_requests_total", "class" => class.clone(), "code" => code.clone()),
+                seconds: histogram!("shard_request_seconds", "class" => class, "code" => code),
+            })
+        });
+        handles.total.increment(1);
+        handles.seconds.record(took.as_secs_f64());
+    }
+
+    /// Objects of `class` in memory.
+    pub fn awake(&self, class: &ClassName) -> Gauge {
+        let mut known = self.awake.borrow_mut();
+        if let Some(gauge) = known.get(class) {
+            return gauge.clone();
+        }
+        let label = class.as_str().to_owned();
+        let gauge = self
+            .registry
+            .register(|| gauge!("shard_objects_awake", "class" => label));
+        known.insert(class.clone(), gauge.clone());
+        gauge
+    }
+}
+
+fn describe() {
+    describe_counter!(
+        "shard_requests_total",
+        "Requests answered, by class and code (a status of the object, or a refusal)"
+    );
+    describe_histogram!(
+        "shard_request_seconds",
+        "From the arrival of a request's head to the head of its response"
+    );
+    describe_gauge!("shard_objects_awake", "Objects in memory");
+    describe_gauge!(
+        "shard_mailbox_depth",
+        "Requests waiting in the mailboxes of a worker"
+    );
+    describe_histogram!(
+        "shard_mailbox_wait_seconds",
+        "From a request's arrival in a mailbox to the start of its turn"
+    );
+    describe_counter!(
+        "shard_mailbox_refusals_total",
+        "Requests refused because a mailbox was full, or waited too long in one"
+    );
+    describe_counter!("shard_commits_total", "Turns that wrote, made durable");
+    describe_histogram!("shard_commit_seconds", "Time of one commit");
+    describe_counter!("shard_activations_total", "Objects loaded into memory");
+    describe_counter!("shard_evictions_total", "Objects that left memory");
+    describe_counter!(
+        "shard_object_resets_total",
+        "Objects reset after a panic, a limit or a storage failure"
+    );
+}

@@ -1,0 +1,264 @@
+//! One process: its workers, its admin listener, its start and its end.
+
+use std::error::Error;
+use std::io;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use metrics_exporter_prometheus::PrometheusHandle;
+use ops::admin::{self, Admin, Page};
+use ops::config::ConfigError;
+use ops::metrics::Registry;
+use ops::process::{self, Order, Signals};
+use protocol::Ring;
+use tokio::sync::watch;
+use tracing::info;
+
+use crate::classes::Classes;
+use crate::clock::SystemClock;
+use crate::config::{Args, Config, non_empty};
+use crate::data_dir::{DataDir, DataDirError};
+use crate::host::HostConfig;
+use crate::worker::Worker;
+
+/// Why a node did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error("worker {worker} cannot listen on {address}")]
+    Listen {
+        worker: u16,
+        address: String,
+        source: io::Error,
+    },
+    #[error("the address {address:?} is not valid")]
+    Address { address: String, source: io::Error },
+    #[error("start worker {worker}")]
+    Thread { worker: u16, source: io::Error },
+}
+
+/// A running node. Dropping it without [`shut_down`](Self::shut_down) leaves the threads running.
+pub struct Node {
+    ring: Arc<Ring>,
+    addresses: Vec<SocketAddr>,
+    registry: Arc<Registry>,
+    stop: watch::Sender<bool>,
+    threads: Vec<JoinHandle<()>>,
+    /// Released last.
+    data_dir: DataDir,
+}
+
+impl Node {
+    /// Locks the data directory, binds every worker's port and starts the workers. When it returns,
+    /// the node serves.
+    pub fn start(config: &Config, classes: &Classes) -> Result<Self, StartError> {
+        config.validate()?;
+        let data_dir = DataDir::open(&config.data_dir, config.ring.shards)?;
+        let listeners = listen(&config.listen, config.worker_count())?;
+        let addresses: Vec<SocketAddr> = listeners
+            .iter()
+            .map(TcpListener::local_addr)
+            .collect::<io::Result<_>>()
+            .map_err(|source| StartError::Address {
+                address: config.listen.clone(),
+                source,
+            })?;
+        let ring = Arc::new(config.ring(addresses.iter().map(ToString::to_string).collect())?);
+        let registry = Arc::new(Registry::default());
+        let (stop, stopped) = watch::channel(false);
+        let host = HostConfig {
+            mailbox: config.mailbox.clone(),
+            objects: config.objects.clone(),
+            sql: Arc::new(config.sql.clone()),
+        };
+        let mut threads = Vec::with_capacity(listeners.len());
+        for (number, listener) in (0..).zip(listeners) {
+            let me = ring
+                .workers()
+                .iter()
+                .position(|worker| worker.node == config.name && worker.index == number)
+                .expect("validate() made sure that the ring has all workers of this node");
+            let worker = Worker {
+                number,
+                me,
+                listener,
+                ring: Arc::clone(&ring),
+                classes: classes.clone(),
+                host: host.clone(),
+                data_dir: data_dir.path().to_owned(),
+                token: non_empty(&config.token).map(Arc::from),
+                clock: Arc::new(SystemClock),
+                registry: Arc::clone(&registry),
+                drain_max: config.drain_max,
+                stop: stopped.clone(),
+            };
+            let thread = worker.spawn().map_err(|source| StartError::Thread {
+                worker: number,
+                source,
+            })?;
+            threads.push(thread);
+        }
+        info!(node = config.name, workers = threads.len(), data_dir = %data_dir.path().display(), "node started");
+        Ok(Self {
+            ring,
+            addresses,
+            registry,
+            stop,
+            threads,
+            data_dir,
+        })
+    }
+
+    /// Where the workers listen.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    pub fn ring(&self) -> &Arc<Ring> {
+        &self.ring
+    }
+
+    pub fn registry(&self) -> &Arc<Registry> {
+        &self.registry
+    }
+
+    pub fn data_dir(&self) -> &Path {
+        self.data_dir.path()
+    }
+
+    /// Whether all workers still run; an error names one that does not.
+    pub fn health(&self) -> Result<(), String> {
+        match self.threads.iter().position(JoinHandle::is_finished) {
+            None => Ok(()),
+            Some(worker) => Err(format!("worker {worker} ended")),
+        }
+    }
+
+    /// Stops accepting, lets requests under way finish, closes all databases and ends the threads.
+    /// Takes at most `drain_max` and the time of the closing. Blocks.
+    pub fn shut_down(self) {
+        // Workers hold the receivers; if all are gone there is nobody to tell.
+        self.stop.send_replace(true);
+        for thread in self.threads {
+            if let Err(panic) = thread.join() {
+                std::panic::resume_unwind(panic);
+            }
+        }
+        drop(self.data_dir);
+    }
+}
+
+/// One listener per worker on consecutive ports; with port 0, each on a free one.
+fn listen(address: &str, workers: u16) -> Result<Vec<TcpListener>, StartError> {
+    let invalid = |source| StartError::Address {
+        address: address.to_owned(),
+        source,
+    };
+    let first = address
+        .to_socket_addrs()
+        .map_err(invalid)?
+        .next()
+        .ok_or_else(|| invalid(io::Error::other("it resolves to nothing")))?;
+    (0..workers)
+        .map(|worker| {
+            let mut address = first;
+            if first.port() != 0 {
+                let port = first.port().checked_add(worker).ok_or_else(|| {
+                    invalid(io::Error::other(
+                        "the last workers would need ports above 65535",
+                    ))
+                })?;
+                address.set_port(port);
+            }
+            TcpListener::bind(address)
+                .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
+                .map_err(|source| StartError::Listen {
+                    worker,
+                    address: address.to_string(),
+                    source,
+                })
+        })
+        .collect()
+}
+
+/// What a node shows its operator.
+struct NodeAdmin {
+    node: Arc<Node>,
+    metrics: PrometheusHandle,
+}
+
+impl Admin for NodeAdmin {
+    fn metrics(&self) -> String {
+        self.metrics.render()
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        self.node.health()
+    }
+
+    fn page(&self, _method: &http::Method, path: &str) -> Option<Page> {
+        (path == "/ring").then(|| admin::json(self.node.ring.document()))
+    }
+}
+
+/// The whole life of the process `shard-node`.
+pub fn main(args: &Args) -> ExitCode {
+    process::exit_code("shard-node", run(args))
+}
+
+fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let config = args.load()?;
+    if args.check {
+        print_line("the configuration is valid");
+        return Ok(());
+    }
+    ops::logs::start(args.log_format, &args.log)?;
+    process::raise_descriptor_limit();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(serve(&config))
+}
+
+async fn serve(config: &Config) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let mut signals = Signals::listen()?;
+    let admin_listener = admin::bind(&config.admin_listen).await?;
+    let node = Arc::new(Node::start(config, &Classes::built_in())?);
+    let handle = node.registry().handle();
+    let upkeep = tokio::spawn(ops::metrics::upkeep(handle.clone()));
+    let admin_address = admin_listener.local_addr()?;
+    let pages = Arc::new(NodeAdmin {
+        node: Arc::clone(&node),
+        metrics: handle,
+    });
+    let token = non_empty(&config.admin_token).map(Arc::from);
+    let admin = tokio::spawn(admin::serve(admin_listener, token, pages));
+    print_line(&format!(
+        "ready http://{} admin http://{admin_address}",
+        node.addresses()[0]
+    ));
+    while signals.next().await == Order::Reload {
+        info!("nothing to reload: a node has no routes");
+    }
+    info!("stopping");
+    upkeep.abort();
+    admin.abort();
+    drop(admin.await);
+    let node = Arc::into_inner(node).ok_or("the admin listener still runs")?;
+    tokio::task::spawn_blocking(move || node.shut_down()).await?;
+    Ok(())
+}
+
+#[expect(
+    clippy::print_stdout,
+    reason = "the ready line is what callers wait for"
+)]
+fn print_line(line: &str) {
+    println!("{line}");
+}

@@ -1,0 +1,145 @@
+//! One object in memory: its mailbox, its instance, and how a stretch of a turn becomes a commit.
+
+pub mod mailbox;
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+
+use protocol::{ErrorCode, ObjectId, Problem};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+use self::mailbox::Mailbox;
+use crate::class::{Class, ClassError, Context, Instance};
+use crate::metrics::Metrics;
+
+/// An object in memory. Lives on its worker's thread; the host owns it.
+pub(crate) struct Object {
+    pub(crate) class: Arc<dyn Class>,
+    pub(crate) context: Context,
+    pub(crate) mailbox: RefCell<Mailbox>,
+    /// Set by the first turn, which runs the constructor.
+    instance: RefCell<Option<Rc<dyn Instance>>>,
+    /// In the host's run queue.
+    pub(crate) queued: Cell<bool>,
+    /// Turns that await something, by number, with what stops them.
+    pub(crate) flights: RefCell<HashMap<u64, AbortHandle>>,
+    /// Whatever else keeps the object in memory: responses still streaming.
+    pub(crate) holds: Cell<u32>,
+    pub(crate) last_used: Cell<Instant>,
+    /// Reset: nothing runs in this copy any more.
+    pub(crate) broken: Cell<bool>,
+}
+
+/// Why a stretch of a turn came to nothing.
+pub(crate) enum Failure {
+    /// The turn was rolled back and the object goes on.
+    Refused(Problem),
+    /// The object must be reset.
+    Reset(Problem),
+}
+
+impl Object {
+    pub(crate) fn new(class: Arc<dyn Class>, context: Context, mailbox: Mailbox) -> Self {
+        Self {
+            class,
+            context,
+            mailbox: RefCell::new(mailbox),
+            instance: RefCell::new(None),
+            queued: Cell::new(false),
+            flights: RefCell::default(),
+            holds: Cell::new(0),
+            last_used: Cell::new(Instant::now()),
+            broken: Cell::new(false),
+        }
+    }
+
+    pub(crate) fn id(&self) -> ObjectId {
+        self.context.id()
+    }
+
+    /// Nothing runs, waits or streams.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.flights.borrow().is_empty()
+            && self.holds.get() == 0
+            && self.mailbox.borrow().is_empty()
+    }
+
+    /// The instance; constructed if this is the first turn.
+    pub(crate) fn instance(&self) -> Result<Rc<dyn Instance>, ClassError> {
+        if let Some(instance) = self.instance.borrow().as_ref() {
+            return Ok(Rc::clone(instance));
+        }
+        let instance = self.class.construct(self.context.clone())?;
+        *self.instance.borrow_mut() = Some(Rc::clone(&instance));
+        Ok(instance)
+    }
+
+    /// Runs one stretch of a turn as one transaction: committed when `f` awaits or succeeds, rolled
+    /// back when it fails or panics. On return of a success its writes are durable.
+    pub(crate) fn segment<T>(
+        &self,
+        metrics: &Metrics,
+        f: impl FnOnce() -> Poll<Result<T, ClassError>>,
+    ) -> Poll<Result<T, Failure>> {
+        let storage = self.context.storage();
+        storage.begin_segment();
+        let outcome = match catch_unwind(AssertUnwindSafe(f)) {
+            Ok(Poll::Pending) => Poll::Pending,
+            Ok(Poll::Ready(Ok(value))) => Poll::Ready(value),
+            Ok(Poll::Ready(Err(error))) if error.resets() => {
+                return self.undo(Failure::Reset(error.problem()));
+            }
+            Ok(Poll::Ready(Err(error))) => return self.undo(Failure::Refused(error.problem())),
+            Err(panic) => return self.undo(Failure::Reset(panicked(panic.as_ref()))),
+        };
+        let begun = Instant::now();
+        match storage.commit() {
+            Ok(true) => {
+                metrics.commits.increment(1);
+                metrics.commit_time.record(begun.elapsed().as_secs_f64());
+            }
+            Ok(false) => {}
+            // The instance may remember what its database does not.
+            Err(error) => {
+                return Poll::Ready(Err(Failure::Reset(ClassError::from(error).problem())));
+            }
+        }
+        outcome.map(Ok)
+    }
+
+    fn undo<T>(&self, failure: Failure) -> Poll<Result<T, Failure>> {
+        Poll::Ready(Err(match self.context.storage().rollback() {
+            Ok(()) => failure,
+            Err(error) => Failure::Reset(ClassError::from(error).problem()),
+        }))
+    }
+
+    /// Ends this copy: its turns stop, its database closes. Waiting letters stay in the mailbox.
+    pub(crate) fn break_up(&self) {
+        self.broken.set(true);
+        for flight in self.flights.borrow().values() {
+            flight.abort();
+        }
+        drop(self.instance.borrow_mut().take());
+        self.context.storage().close();
+    }
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> Problem {
+    let message = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message");
+    Problem::new(
+        ErrorCode::ObjectReset,
+        format!("class code panicked: {message}"),
+    )
+    .from_class()
+}

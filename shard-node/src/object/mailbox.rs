@@ -1,0 +1,99 @@
+//! The bounded queue before an object.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use http::{Request, Response};
+use protocol::{ErrorCode, Problem};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use crate::class::{Args, Body, Json};
+use crate::config::MailboxConfig;
+
+/// What a request asks of an object.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "moved twice on its way; a box would be one more allocation per request"
+)]
+pub enum Event {
+    Fetch(Request<Body>),
+    Call { method: Box<str>, args: Args },
+}
+
+/// What an object gives back.
+pub enum Reply {
+    Response(Response<Body>),
+    Value(Json),
+}
+
+pub type Answer = Result<Reply, Problem>;
+
+/// One event on its way.
+pub(crate) struct Letter {
+    pub(crate) event: Event,
+    pub(crate) reply: oneshot::Sender<Answer>,
+    pub(crate) arrived: Instant,
+}
+
+/// Events in the order of their arrival.
+pub(crate) struct Mailbox {
+    letters: VecDeque<Letter>,
+    capacity: usize,
+    wait_max: Duration,
+}
+
+impl Mailbox {
+    pub(crate) fn new(config: &MailboxConfig) -> Self {
+        Self {
+            letters: VecDeque::new(),
+            capacity: config.capacity.get() as usize,
+            wait_max: config.wait_max,
+        }
+    }
+
+    /// Queues a letter, or gives it back with the refusal.
+    pub(crate) fn push(&mut self, letter: Letter) -> Result<(), Problem> {
+        if self.letters.len() >= self.capacity {
+            return Err(Problem::new(
+                ErrorCode::Overloaded,
+                format!(
+                    "{} requests wait for this object already",
+                    self.letters.len()
+                ),
+            ));
+        }
+        self.letters.push_back(letter);
+        Ok(())
+    }
+
+    pub(crate) fn pop(&mut self) -> Option<Letter> {
+        self.letters.pop_front()
+    }
+
+    /// The next letter that waited for longer than allowed.
+    pub(crate) fn pop_overdue(&mut self, now: Instant) -> Option<Letter> {
+        let overdue = |letter: &Letter| now.duration_since(letter.arrived) > self.wait_max;
+        self.letters
+            .front()
+            .is_some_and(overdue)
+            .then(|| self.letters.pop_front())?
+    }
+
+    pub(crate) fn overdue_problem(&self) -> Problem {
+        Problem {
+            retryable: true,
+            ..Problem::new(
+                ErrorCode::TimedOut,
+                format!(
+                    "the request waited {:?} for its object and was not started",
+                    self.wait_max
+                ),
+            )
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.letters.is_empty()
+    }
+}

@@ -1,0 +1,378 @@
+//! Requests in, replies and refusals out: what a worker's listener understands.
+//!
+//! Only gateways speak to it. The headers of [`protocol::headers`] say which object a request is for;
+//! method, path, query, other headers and body are the object's.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{self, Poll};
+
+use bytes::Bytes;
+use http::header::{ALLOW, CONTENT_TYPE, LOCATION, RETRY_AFTER};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use protocol::trace::TraceParent;
+use protocol::{ErrorCode, ObjectId, ObjectName, Problem, Ring, ShardId, headers, limits, problem};
+use subtle::ConstantTimeEq;
+use tokio::time::Instant;
+use tracing::debug;
+
+use crate::class::{Args, Body, Class};
+use crate::classes::Classes;
+use crate::host::{Address, Hold, Host};
+use crate::metrics::{Code, Metrics};
+use crate::object::mailbox::{Event, Reply};
+
+/// The front of one worker.
+pub(crate) struct Server {
+    pub(crate) host: Rc<Host>,
+    pub(crate) ring: Arc<Ring>,
+    /// This worker, as an index into the ring's list.
+    pub(crate) me: usize,
+    pub(crate) classes: Classes,
+    pub(crate) token: Option<Arc<str>>,
+    pub(crate) metrics: Rc<Metrics>,
+}
+
+impl Server {
+    /// Answers one request. Never fails: what goes wrong becomes a problem document.
+    pub(crate) async fn serve(
+        self: Rc<Self>,
+        request: Request<Incoming>,
+    ) -> Result<Response<Body>, Infallible> {
+        let begun = Instant::now();
+        let mut class = None;
+        let seen = Seen::of(request.headers());
+        let answer = self.answer(request, &mut class).await;
+        let (response, code) = match answer {
+            Ok(response) => {
+                let status = response.status().as_u16();
+                (response, Code::Status(status))
+            }
+            Err(problem) => {
+                let code = Code::Refused(problem.code);
+                (self.refuse(&problem, seen.request.as_deref()), code)
+            }
+        };
+        let took = begun.elapsed();
+        let class = class.as_ref().map(|class: &Arc<dyn Class>| class.name());
+        self.metrics.request(class, code, took);
+        seen.log(class.map(|class| class.as_str()), code, took);
+        Ok(response)
+    }
+
+    async fn answer(
+        &self,
+        mut request: Request<Incoming>,
+        class_seen: &mut Option<Arc<dyn Class>>,
+    ) -> Result<Response<Body>, Problem> {
+        self.authenticate(request.headers_mut())?;
+        if !request.headers().contains_key(headers::OBJECT) {
+            return self.internal_page(&request);
+        }
+        let class = self.class(request.headers())?;
+        *class_seen = Some(Arc::clone(&class));
+        let address = self.address(class, request.headers())?;
+        if request.headers().contains_key(headers::CREATE) {
+            return Ok(created(&address));
+        }
+        match request.headers_mut().remove(headers::METHOD) {
+            None => self.fetch(&address, request).await,
+            Some(method) => self.call(&address, &method, request).await,
+        }
+    }
+
+    /// With a token configured, nothing is answered without it.
+    fn authenticate(&self, headers: &mut HeaderMap) -> Result<(), Problem> {
+        let Some(token) = &self.token else {
+            return Ok(());
+        };
+        let given = headers.remove(headers::TOKEN);
+        let right = given.is_some_and(|given| given.as_bytes().ct_eq(token.as_bytes()).into());
+        if right {
+            Ok(())
+        } else {
+            Err(Problem::new(
+                ErrorCode::Unauthorized,
+                "workers answer to gateways with the cluster's token only",
+            ))
+        }
+    }
+
+    fn internal_page(&self, request: &Request<Incoming>) -> Result<Response<Body>, Problem> {
+        if request.uri().path() != headers::RING_PATH || request.method() != Method::GET {
+            return Err(Problem::bad_request(format!(
+                "the header {} is missing: workers take requests routed by a gateway",
+                headers::OBJECT
+            )));
+        }
+        let ring = serde_json::to_vec(self.ring.document())
+            .map_err(|error| Problem::new(ErrorCode::Internal, error.to_string()))?;
+        Ok(json(StatusCode::OK, ring))
+    }
+
+    fn class(&self, headers: &HeaderMap) -> Result<Arc<dyn Class>, Problem> {
+        let name = text(headers, &headers::CLASS)?;
+        self.classes
+            .iter()
+            .find(|class| class.name().as_str() == name)
+            .cloned()
+            .ok_or_else(|| {
+                Problem::not_found(format!(
+                    "there is no class {name:?}; there are {}",
+                    self.classes.names()
+                ))
+            })
+    }
+
+    fn address(&self, class: Arc<dyn Class>, headers: &HeaderMap) -> Result<Address, Problem> {
+        let id: ObjectId = text(headers, &headers::OBJECT)?
+            .parse()
+            .map_err(|error| bad_header(&headers::OBJECT, &error))?;
+        let shard = self.ring.shard_of(id);
+        self.check_owner(id, shard, headers)?;
+        // The gateway made the id from class and name; only what wakes from sleep pays for a check.
+        let known = self.host.is_awake(id);
+        if !known {
+            id.check_class(class.name())
+                .map_err(|error| bad_header(&headers::OBJECT, &error))?;
+        }
+        let name = match headers.get(headers::NAME) {
+            Some(_) if !known => Some(name(&class, id, headers)?),
+            _ => None,
+        };
+        Ok(Address {
+            class,
+            id,
+            name,
+            shard,
+        })
+    }
+
+    fn check_owner(
+        &self,
+        id: ObjectId,
+        shard: ShardId,
+        headers: &HeaderMap,
+    ) -> Result<(), Problem> {
+        let not_owner = |detail: String| Err(Problem::new(ErrorCode::NotOwner, detail));
+        let epoch = text(headers, &headers::EPOCH)?;
+        let epoch: u64 = epoch
+            .parse()
+            .map_err(|error| bad_header(&headers::EPOCH, &error))?;
+        let mine = self.ring.version().0.get();
+        if epoch > mine {
+            // A newer ring exists, and it may have given the shard away.
+            return not_owner(format!(
+                "the request was routed by ring {epoch}, but this worker knows ring {mine}"
+            ));
+        }
+        match self.ring.owner(id.home(), shard) {
+            Ok(owner) if std::ptr::eq(owner, &self.ring.workers()[self.me]) => Ok(()),
+            Ok(owner) => not_owner(format!(
+                "shard {shard} belongs to worker {} of node {} at {}",
+                owner.index, owner.node, owner.address
+            )),
+            Err(error) => Err(Problem::unavailable(error.to_string())),
+        }
+    }
+
+    async fn fetch(
+        &self,
+        address: &Address,
+        request: Request<Incoming>,
+    ) -> Result<Response<Body>, Problem> {
+        let event = Event::Fetch(request.map(Body::from));
+        match self.host.deliver(address, event).await? {
+            Reply::Response(response) => Ok(self.clean(address, response)),
+            Reply::Value(value) => Ok(json(StatusCode::OK, value.to_string())),
+        }
+    }
+
+    async fn call(
+        &self,
+        address: &Address,
+        method: &HeaderValue,
+        request: Request<Incoming>,
+    ) -> Result<Response<Body>, Problem> {
+        let method = method
+            .to_str()
+            .map_err(|error| bad_header(&headers::METHOD, &error))?;
+        let body = Body::from(request.into_body())
+            .read(limits::RPC_BODY_BYTES_MAX)
+            .await
+            .map_err(|error| Problem {
+                remote: false,
+                ..error.problem()
+            })?;
+        let args = Args::new(method, arguments(&body)?);
+        let event = Event::Call {
+            method: method.into(),
+            args,
+        };
+        match self.host.deliver(address, event).await? {
+            Reply::Value(value) => Ok(json(StatusCode::OK, value.to_string())),
+            Reply::Response(response) => Ok(response),
+        }
+    }
+
+    /// Headers that only the system may set do not pass; a streamed body keeps its object awake.
+    fn clean(&self, address: &Address, mut response: Response<Body>) -> Response<Body> {
+        let ours: Vec<HeaderName> = response
+            .headers()
+            .keys()
+            .filter(|name| name.as_str().starts_with(headers::PREFIX))
+            .cloned()
+            .collect();
+        for name in ours {
+            response.headers_mut().remove(name);
+        }
+        if response.body().is_stream()
+            && let Some(hold) = self.host.hold(address.id)
+        {
+            return response.map(|body| Body::stream(Held { body, _hold: hold }));
+        }
+        response
+    }
+
+    fn refuse(&self, problem: &Problem, request: Option<&str>) -> Response<Body> {
+        let mut response = json(problem.code.status(), problem.to_json(request));
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(problem::MEDIA_TYPE));
+        headers.insert(
+            headers::ERROR,
+            HeaderValue::from_static(problem.code.name()),
+        );
+        if let Some(seconds) = problem.retry_after_seconds() {
+            headers.insert(RETRY_AFTER, seconds.into());
+        }
+        if let Some(allow) = problem.allow {
+            headers.insert(ALLOW, HeaderValue::from_static(allow));
+        }
+        if problem.code == ErrorCode::NotOwner {
+            headers.insert(headers::EPOCH, self.ring.version().0.get().into());
+        }
+        response
+    }
+}
+
+/// The arguments of a call: a JSON array, or nothing for none.
+fn arguments(body: &[u8]) -> Result<Vec<serde_json::Value>, Problem> {
+    if body.is_empty() {
+        return Ok(Vec::new());
+    }
+    serde_json::from_slice(body).map_err(|error| {
+        Problem::bad_request(format!(
+            "the body of an RPC call must be a JSON array of arguments: {error}"
+        ))
+    })
+}
+
+fn created(address: &Address) -> Response<Body> {
+    let id = address.id.to_string();
+    let body = serde_json::json!({ "id": id }).to_string();
+    let mut response = json(StatusCode::CREATED, body);
+    let location = format!("/objects/{}/id:{id}", address.class.name());
+    if let Ok(location) = HeaderValue::from_str(&location) {
+        response.headers_mut().insert(LOCATION, location);
+    }
+    response
+}
+
+fn json(status: StatusCode, body: impl Into<Bytes>) -> Response<Body> {
+    let mut response = Response::new(Body::from(body.into()));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<&'a str, Problem> {
+    let value = headers
+        .get(name)
+        .ok_or_else(|| Problem::bad_request(format!("the header {name} is missing")))?;
+    value.to_str().map_err(|error| bad_header(name, &error))
+}
+
+fn name(class: &Arc<dyn Class>, id: ObjectId, headers: &HeaderMap) -> Result<ObjectName, Problem> {
+    let name = headers::decode_name(text(headers, &headers::NAME)?)
+        .map_err(|error| bad_header(&headers::NAME, &error))?;
+    if ObjectId::named(class.name(), id.home(), &name) == id {
+        Ok(name)
+    } else {
+        Err(Problem::bad_request(format!(
+            "the name in {} does not lead to the id in {}",
+            headers::NAME,
+            headers::OBJECT
+        )))
+    }
+}
+
+fn bad_header(name: &HeaderName, error: &dyn std::fmt::Display) -> Problem {
+    Problem::bad_request(format!("{name}: {error}"))
+}
+
+/// What the log says about a request, copied before the request is handed on.
+struct Seen {
+    request: Option<String>,
+    trace: Option<TraceParent>,
+}
+
+impl Seen {
+    fn of(headers: &HeaderMap) -> Self {
+        let text = |name| {
+            headers
+                .get(name)
+                .and_then(|value: &HeaderValue| value.to_str().ok())
+        };
+        Self {
+            request: text(headers::REQUEST).map(str::to_owned),
+            trace: tracing::enabled!(tracing::Level::DEBUG)
+                .then(|| TraceParent::parse(text(headers::TRACEPARENT)?))
+                .flatten(),
+        }
+    }
+
+    fn log(&self, class: Option<&str>, code: Code, took: std::time::Duration) {
+        if let Some(trace) = &self.trace {
+            debug!(
+                request = self.request,
+                trace = format!("{:032x}", trace.trace),
+                parent = format!("{:016x}", trace.span),
+                class,
+                ?code,
+                took_us = took.as_micros(),
+                "request answered"
+            );
+        }
+    }
+}
+
+/// A body that keeps its object awake until it has been sent.
+struct Held {
+    body: Body,
+    _hold: Hold,
+}
+
+impl HttpBody for Held {
+    type Data = Bytes;
+    type Error = <Body as HttpBody>::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

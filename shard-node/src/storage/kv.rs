@@ -1,0 +1,266 @@
+//! Key-value pairs of one object, in a hidden table of its database: one transaction with its SQL.
+//!
+//! The operations and their limits are Cloudflare's storage API
+//! (<https://developers.cloudflare.com/durable-objects/api/sqlite-storage-api/#synchronous-kv-api>).
+
+use rusqlite::OptionalExtension;
+use rusqlite::limits::Limit;
+use rusqlite::types::ValueRef;
+use serde::Deserialize;
+
+use super::{Storage, StorageError};
+
+/// Longest key, in bytes of UTF-8.
+pub const KEY_BYTES_MAX: usize = 2048;
+
+/// Most keys in one batch.
+pub const BATCH_KEYS_MAX: usize = 128;
+
+/// Room for the row around key and value.
+const ROW_OVERHEAD_BYTES: u32 = 4096;
+
+/// Why a pair was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KvError {
+    #[error("a key must not be empty")]
+    EmptyKey,
+    #[error("key of {0} bytes is longer than {KEY_BYTES_MAX}")]
+    KeyTooLong(usize),
+    #[error("key and value of together {bytes} bytes are larger than {max}")]
+    PairTooLarge { bytes: usize, max: u32 },
+    #[error("a batch of {0} keys is larger than {BATCH_KEYS_MAX}")]
+    BatchTooLarge(usize),
+}
+
+/// A stored value with its media type, where it was given one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub key: String,
+    pub media_type: Option<String>,
+    pub value: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Direction {
+    #[default]
+    Ascending,
+    Descending,
+}
+
+/// Which keys to list, in the order of their UTF-8 bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+pub struct ListOptions {
+    pub prefix: Option<String>,
+    /// First key, inclusive.
+    pub start: Option<String>,
+    /// Last key before the first, exclusive. Not together with `start`.
+    pub start_after: Option<String>,
+    /// End of the range, exclusive.
+    pub end: Option<String>,
+    pub limit: Option<u32>,
+    /// Descending order; the range stays the same.
+    pub reverse: bool,
+}
+
+impl ListOptions {
+    fn direction(&self) -> Direction {
+        if self.reverse {
+            Direction::Descending
+        } else {
+            Direction::Ascending
+        }
+    }
+}
+
+impl Storage {
+    /// The value of `key`.
+    pub fn kv_get(&self, key: &str) -> Result<Option<Entry>, StorageError> {
+        check_key(key)?;
+        if !self.has_pairs()? {
+            return Ok(None);
+        }
+        self.reading(|connection| {
+            connection
+                .prepare_cached("SELECT media_type, value FROM _dormouse_kv WHERE key = ?1")?
+                .query_row([key], |row| {
+                    Ok(Entry {
+                        key: key.to_owned(),
+                        media_type: row.get(0)?,
+                        value: row.get(1)?,
+                    })
+                })
+                .optional()
+        })
+    }
+
+    /// Stores `value` under `key`; `true` if the key is new.
+    pub fn kv_put(
+        &self,
+        key: &str,
+        media_type: Option<&str>,
+        value: &[u8],
+    ) -> Result<bool, StorageError> {
+        check_key(key)?;
+        let bytes = key.len() + value.len();
+        let max = self.config.value_bytes_max;
+        if bytes > max as usize {
+            return Err(KvError::PairTooLarge { bytes, max }.into());
+        }
+        self.create_pairs()?;
+        self.writing(|connection| {
+            // The limit on a value counts the whole row; ours counts key and value alone.
+            let raised = i32::try_from(max.saturating_add(ROW_OVERHEAD_BYTES)).unwrap_or(i32::MAX);
+            let before = connection.set_limit(Limit::SQLITE_LIMIT_LENGTH, raised)?;
+            let written = (|| {
+                let new = connection
+                    .prepare_cached("SELECT 1 FROM _dormouse_kv WHERE key = ?1")?
+                    .query_row([key], |_| Ok(()))
+                    .optional()?
+                    .is_none();
+                connection
+                    .prepare_cached(
+                        "INSERT INTO _dormouse_kv (key, media_type, value) VALUES (?1, ?2, ?3) \
+                         ON CONFLICT DO UPDATE SET media_type = excluded.media_type, value = excluded.value",
+                    )?
+                    .execute((key, media_type, value))?;
+                Ok(new)
+            })();
+            connection.set_limit(Limit::SQLITE_LIMIT_LENGTH, before)?;
+            written
+        })
+    }
+
+    /// Removes `key`; `true` if it was there.
+    pub fn kv_delete(&self, key: &str) -> Result<bool, StorageError> {
+        check_key(key)?;
+        if !self.has_pairs()? {
+            return Ok(false);
+        }
+        self.writing(|connection| {
+            let deleted = connection
+                .prepare_cached("DELETE FROM _dormouse_kv WHERE key = ?1")?
+                .execute([key])?;
+            Ok(deleted > 0)
+        })
+    }
+
+    /// Calls `each` with key, media type and value of every pair in the range, in order, until it
+    /// returns `false`.
+    pub fn kv_list(
+        &self,
+        options: &ListOptions,
+        mut each: impl FnMut(&str, Option<&str>, &[u8]) -> bool,
+    ) -> Result<(), StorageError> {
+        if !self.has_pairs()? {
+            return Ok(());
+        }
+        let prefix = options.prefix.as_deref().unwrap_or("");
+        let after = options.start_after.as_deref();
+        // The least key that may be in the range; `start_after` excludes its own key.
+        let least = [Some(prefix), options.start.as_deref(), after]
+            .into_iter()
+            .flatten()
+            .max()
+            .unwrap_or("");
+        // Keys are UTF-8, so no key lies between a prefix and this bound but those with the prefix.
+        let beyond_prefix = successor(prefix);
+        let end = [
+            options.end.as_deref().map(str::as_bytes),
+            beyond_prefix.as_deref(),
+        ]
+        .into_iter()
+        .flatten()
+        .min();
+        // A bound that could be absent would keep SQLite from stopping at it: hence a text each.
+        let sql = match (end.is_some(), options.direction()) {
+            (true, Direction::Ascending) => {
+                "SELECT key, media_type, value FROM _dormouse_kv \
+                 WHERE key >= ?1 AND key < CAST(?2 AS TEXT) ORDER BY key"
+            }
+            (true, Direction::Descending) => {
+                "SELECT key, media_type, value FROM _dormouse_kv \
+                 WHERE key >= ?1 AND key < CAST(?2 AS TEXT) ORDER BY key DESC"
+            }
+            (false, Direction::Ascending) => {
+                "SELECT key, media_type, value FROM _dormouse_kv \
+                 WHERE key >= ?1 AND ?2 IS NULL ORDER BY key"
+            }
+            (false, Direction::Descending) => {
+                "SELECT key, media_type, value FROM _dormouse_kv \
+                 WHERE key >= ?1 AND ?2 IS NULL ORDER BY key DESC"
+            }
+        };
+        self.reading(|connection| {
+            let mut statement = connection.prepare_cached(sql)?;
+            let mut rows = statement.query((least, end))?;
+            let mut left = options.limit.unwrap_or(u32::MAX);
+            while left > 0
+                && let Some(row) = rows.next()?
+            {
+                let key = row.get_ref(0)?.as_str()?;
+                if after == Some(key) {
+                    continue;
+                }
+                let media_type = match row.get_ref(1)? {
+                    ValueRef::Null => None,
+                    text => Some(text.as_str()?),
+                };
+                if !each(key, media_type, row.get_ref(2)?.as_blob()?) {
+                    break;
+                }
+                left -= 1;
+            }
+            Ok(())
+        })
+    }
+
+    /// Whether anything was ever put.
+    fn has_pairs(&self) -> Result<bool, StorageError> {
+        let open = self.open()?;
+        if !open.has_pairs.get() && open.file {
+            let found = open
+                .connection
+                .prepare_cached("SELECT 1 FROM sqlite_schema WHERE name = '_dormouse_kv'")
+                .and_then(|mut statement| statement.exists([]));
+            open.has_pairs.set(self.check(found, 0)?);
+        }
+        Ok(open.has_pairs.get())
+    }
+
+    fn create_pairs(&self) -> Result<(), StorageError> {
+        if self.has_pairs()? {
+            return Ok(());
+        }
+        self.writing(|connection| {
+            connection.execute_batch(
+                "CREATE TABLE _dormouse_kv \
+                 (key TEXT PRIMARY KEY, media_type TEXT, value BLOB NOT NULL) WITHOUT ROWID",
+            )
+        })?;
+        self.open()?.has_pairs.set(true);
+        Ok(())
+    }
+}
+
+pub(super) fn check_key(key: &str) -> Result<(), KvError> {
+    if key.is_empty() {
+        Err(KvError::EmptyKey)
+    } else if key.len() > KEY_BYTES_MAX {
+        Err(KvError::KeyTooLong(key.len()))
+    } else {
+        Ok(())
+    }
+}
+
+/// The least byte string above every string with this prefix; `None` if there is no such bound.
+fn successor(prefix: &str) -> Option<Vec<u8>> {
+    let mut bytes = prefix.as_bytes().to_vec();
+    while let Some(last) = bytes.pop() {
+        if last < 0xff {
+            bytes.push(last + 1);
+            return Some(bytes);
+        }
+    }
+    None
+}
