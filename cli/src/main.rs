@@ -1,1 +1,44 @@
-fn main() {}
+//! `dormouse`: the one binary people type. Parsing and printing only; the work is in the libraries.
+
+mod dev;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Self-hosted Durable Objects at proxy speed.
+///
+/// Without a command: `dormouse dev`.
+#[derive(Parser)]
+#[command(name = "dormouse", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one value per process, parsed once"
+)]
+enum Command {
+    /// A gateway and a node in one process, on loopback, for development
+    Dev(dev::Args),
+    /// The stateless edge: routes requests to objects and to app upstreams
+    Gateway(gateway::config::Args),
+    /// Hosts single-threaded SQLite-backed objects behind gateways
+    Node(shard_node::config::Args),
+    /// Open-loop load with verified answers
+    #[command(subcommand)]
+    Loadtest(loadtest::Command),
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        None => dev::main(&dev::Args::parse_from(["dormouse"])),
+        Some(Command::Dev(args)) => dev::main(&args),
+        Some(Command::Gateway(args)) => gateway::server::main(&args),
+        Some(Command::Node(args)) => shard_node::node::main(&args),
+        Some(Command::Loadtest(command)) => loadtest::main(&command),
+    }
+}

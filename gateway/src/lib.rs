@@ -1,1 +1,15 @@
+//! The stateless edge: any gateway can serve any request.
+//!
+//! One request through the files: [`server`] accepts the connection; pingora reads the head and calls
+//! [`proxy`], which asks [`route`] for the target and [`placement`] for its worker, adds the headers
+//! of `protocol`, and streams both bodies; [`retry`] says what may be sent again when that fails;
+//! [`metrics`] counts it. A gateway keeps nothing that a restart could lose.
 
+pub mod config;
+pub mod metrics;
+pub mod placement;
+pub mod proxy;
+pub mod retry;
+pub mod route;
+pub mod server;
+pub mod upstream;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
-use http::{HeaderValue, Method, Request, Response};
+use http::{HeaderValue, Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -19,6 +19,8 @@ use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use crate::logs::Causes;
+
+pub use http::Method;
 
 pub type Page = Response<Full<Bytes>>;
 

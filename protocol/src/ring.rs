@@ -56,7 +56,10 @@ pub struct RingNode {
 /// One worker of one node, as the ring sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Worker {
+    /// Place in the ring's list of all workers.
+    pub number: usize,
     pub node: String,
+    /// Place among the workers of its node.
     pub index: u16,
     pub address: String,
 }
@@ -208,6 +211,7 @@ impl<'a> Placed<'a> {
             (0..workers)
                 .zip(&node.workers)
                 .map(|(index, address)| Worker {
+                    number: first_worker as usize + usize::from(index),
                     node: node.name.clone(),
                     index,
                     address: address.clone(),

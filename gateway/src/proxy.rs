@@ -1,0 +1,539 @@
+//! pingora's `ProxyHttp`: a short method per phase. pingora's error type stays in this file.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HOST, RETRY_AFTER};
+use http::{HeaderName, HeaderValue, Method, Uri};
+use pingora_core::upstreams::peer::HttpPeer;
+use pingora_core::{Error, ErrorSource, ErrorType, OrErr, Result};
+use pingora_http::{RequestHeader, ResponseHeader};
+use pingora_proxy::{FailToProxy, ProxyHttp, Session};
+use protocol::trace::TraceParent;
+use protocol::{Colo, ErrorCode, Problem, headers, problem};
+use rand::Rng;
+use tokio::time::Instant;
+use tracing::debug;
+
+use crate::config::{Config, RequestsConfig, RetryConfig};
+use crate::metrics::{Code, Metrics, RouteLabel};
+use crate::placement::{Owner, Placement};
+use crate::retry::{self, Failure};
+use crate::route::{self, Ask, Asked, ObjectTarget, Routes, Target};
+use crate::upstream::Upstream;
+
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+const NOT_OWNER: ErrorType = ErrorType::Custom("not_owner");
+const BODY_TOO_LARGE: ErrorType = ErrorType::Custom("body_too_large");
+const UNROUTABLE: ErrorType = ErrorType::Custom("unroutable");
+
+/// What may change while the gateway runs.
+pub struct Dynamic {
+    pub routes: Routes,
+    /// The upstream of each route, by the route's index.
+    pub upstreams: Vec<Arc<Upstream>>,
+    pub labels: Vec<Arc<str>>,
+}
+
+impl Dynamic {
+    /// `config` was validated.
+    pub async fn new(config: &Config) -> Result<Self, crate::upstream::ResolveError> {
+        let known = crate::upstream::resolve(config).await?;
+        let upstreams = config
+            .routes
+            .iter()
+            .map(|route| Arc::clone(&known[&route.upstream]));
+        Ok(Self {
+            routes: Routes::new(config),
+            upstreams: upstreams.collect(),
+            labels: config
+                .routes
+                .iter()
+                .map(|route| route.name.as_str().into())
+                .collect(),
+        })
+    }
+}
+
+/// Shared by all threads of a gateway.
+pub struct Shared {
+    pub colo: Colo,
+    pub token: Option<HeaderValue>,
+    pub requests: RequestsConfig,
+    pub retry: RetryConfig,
+    pub placement: Arc<Placement>,
+    pub dynamic: ArcSwap<Dynamic>,
+    pub metrics: Metrics,
+}
+
+/// The proxy of one thread.
+pub struct Proxy(pub Arc<Shared>);
+
+/// One request on its way.
+pub struct Request {
+    begun: Instant,
+    id: String,
+    trace: TraceParent,
+    aim: Option<Aim>,
+    label: RouteLabel,
+    tries: u32,
+    failure: Option<Failure>,
+    refused: Option<ErrorCode>,
+    body_bytes: u64,
+}
+
+/// Where the request goes; for apps, resolved when the request was routed.
+enum Aim {
+    Object {
+        target: Box<ObjectTarget>,
+        owner: Option<Owner>,
+    },
+    App(Arc<Upstream>),
+}
+
+impl Proxy {
+    /// Where the request goes, or why it is refused before anything was sent.
+    fn route(&self, session: &Session) -> Result<(Aim, RouteLabel), Problem> {
+        let head = session.req_header();
+        let announced = head
+            .headers
+            .get(CONTENT_LENGTH)
+            .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+        if announced.is_some_and(|bytes| bytes > self.0.requests.body_bytes_max) {
+            return Err(self.too_large());
+        }
+        let dynamic = self.0.dynamic.load();
+        let asked = Asked {
+            method: &head.method,
+            host: head.headers.get(HOST).and_then(|host| host.to_str().ok()),
+            path: head.uri.path(),
+            query: head.uri.query(),
+        };
+        match route::decide(&dynamic.routes, asked, || rand::rng().random())? {
+            Target::Object(target) => {
+                let label = RouteLabel::Contract(target.label());
+                let aim = Aim::Object {
+                    target,
+                    owner: None,
+                };
+                Ok((aim, label))
+            }
+            Target::App { route } => Ok((
+                Aim::App(Arc::clone(&dynamic.upstreams[route])),
+                RouteLabel::Config(Arc::clone(&dynamic.labels[route])),
+            )),
+        }
+    }
+
+    fn too_large(&self) -> Problem {
+        Problem::new(
+            ErrorCode::PayloadTooLarge,
+            format!(
+                "the body is larger than requests.body_bytes_max = {}",
+                self.0.requests.body_bytes_max
+            ),
+        )
+    }
+
+    /// The problem that a client is told when pingora gave up.
+    fn problem(&self, error: &Error, request: &Request, method: &Method) -> Problem {
+        let nothing_ran = matches!(request.failure, Some(Failure::NotSent | Failure::NotOwner));
+        let harmless = nothing_ran || method.is_safe();
+        let unavailable = |detail: String| match harmless {
+            true => Problem::unavailable(detail),
+            false => Problem::outcome_unknown(detail),
+        };
+        match error.etype() {
+            kind if *kind == BODY_TOO_LARGE => self.too_large(),
+            kind if *kind == NOT_OWNER => {
+                unavailable("the shard of this object is moving between workers".to_owned())
+            }
+            kind if *kind == UNROUTABLE => unavailable(
+                error
+                    .context
+                    .as_ref()
+                    .map_or_else(String::new, |context| context.as_str().to_owned()),
+            ),
+            ErrorType::ConnectTimedout
+            | ErrorType::ConnectRefused
+            | ErrorType::ConnectNoRoute
+            | ErrorType::ConnectError
+            | ErrorType::SocketError => unavailable(format!(
+                "{} cannot be reached",
+                request.aim.as_ref().map_or("the upstream", Aim::what)
+            )),
+            ErrorType::ReadTimedout | ErrorType::WriteTimedout => Problem::new(
+                ErrorCode::TimedOut,
+                format!(
+                    "no byte came for requests.silence_max = {:?}; whether the request had an effect is unknown",
+                    self.0.requests.silence_max
+                ),
+            ),
+            ErrorType::ReadError | ErrorType::WriteError | ErrorType::ConnectionClosed => {
+                unavailable(format!(
+                    "the connection to {} broke; {}",
+                    request.aim.as_ref().map_or("the upstream", Aim::what),
+                    if harmless {
+                        "nothing was changed"
+                    } else {
+                        "whether the request had an effect is unknown"
+                    },
+                ))
+            }
+            kind => Problem::new(
+                ErrorCode::Internal,
+                format!("the request failed: {}", kind.as_str()),
+            ),
+        }
+    }
+}
+
+impl Aim {
+    fn what(&self) -> &str {
+        match self {
+            Self::Object { .. } => "the worker of this object",
+            Self::App(upstream) => upstream.name(),
+        }
+    }
+}
+
+#[async_trait]
+impl ProxyHttp for Proxy {
+    type CTX = Request;
+
+    fn new_ctx(&self) -> Request {
+        let mut random = rand::rng();
+        Request {
+            begun: Instant::now(),
+            id: format!("{:016x}", random.random::<u64>()),
+            trace: TraceParent {
+                trace: random.random::<u128>() | 1,
+                span: random.random::<u64>() | 1,
+                flags: 0,
+            },
+            aim: None,
+            label: RouteLabel::Contract("none"),
+            tries: 0,
+            failure: None,
+            refused: None,
+            body_bytes: 0,
+        }
+    }
+
+    async fn request_filter(&self, session: &mut Session, request: &mut Request) -> Result<bool> {
+        let given = session
+            .req_header()
+            .headers
+            .get(headers::TRACEPARENT)
+            .and_then(|value| TraceParent::parse(value.to_str().ok()?));
+        if let Some(given) = given {
+            request.trace = given.child(request.trace.span);
+        }
+        match self.route(session) {
+            Ok((aim, label)) => {
+                request.aim = Some(aim);
+                request.label = label;
+                Ok(false)
+            }
+            Err(problem) => {
+                refuse(session, request, &problem).await?;
+                Ok(true)
+            }
+        }
+    }
+
+    async fn request_body_filter(
+        &self,
+        _session: &mut Session,
+        body: &mut Option<Bytes>,
+        _end_of_stream: bool,
+        request: &mut Request,
+    ) -> Result<()> {
+        request.body_bytes += body.as_ref().map_or(0, |bytes| bytes.len() as u64);
+        if request.body_bytes > self.0.requests.body_bytes_max {
+            return Err(Error::new(BODY_TOO_LARGE));
+        }
+        Ok(())
+    }
+
+    async fn upstream_peer(
+        &self,
+        _session: &mut Session,
+        request: &mut Request,
+    ) -> Result<Box<HttpPeer>> {
+        // A try after the first begins with a pause, and with a look for a newer ring.
+        if request.tries > 0 {
+            self.0.metrics.retries.increment(1);
+            if matches!(request.aim, Some(Aim::Object { .. })) {
+                self.0.placement.refresh().await;
+            }
+            if let Some(pause) = retry::pause(&self.0.retry, request.tries) {
+                tokio::time::sleep(pause).await;
+            }
+        }
+        request.tries += 1;
+        request.body_bytes = 0;
+        let address = match request.aim.as_mut() {
+            Some(Aim::Object { target, owner }) => {
+                let found = self.0.placement.owner(target.id).map_err(|error| {
+                    request.failure = Some(Failure::NotSent);
+                    let mut error = Error::explain(UNROUTABLE, error.to_string());
+                    error.set_retry(retry::pause(&self.0.retry, request.tries).is_some());
+                    error
+                })?;
+                *owner = Some(found);
+                found.address
+            }
+            Some(Aim::App(upstream)) => upstream.pick(),
+            None => return Err(Error::explain(ErrorType::InternalError, "not routed")),
+        };
+        request.failure = None;
+        let mut peer = HttpPeer::new(address, false, String::new());
+        peer.options.connection_timeout = Some(self.0.requests.connect_max);
+        peer.options.read_timeout = Some(self.0.requests.silence_max);
+        peer.options.write_timeout = Some(self.0.requests.silence_max);
+        peer.options.idle_timeout = Some(self.0.requests.idle_max);
+        Ok(Box::new(peer))
+    }
+
+    async fn upstream_request_filter(
+        &self,
+        session: &mut Session,
+        head: &mut RequestHeader,
+        request: &mut Request,
+    ) -> Result<()> {
+        strip(head);
+        head.insert_header(headers::TRACEPARENT, request.trace.to_string())?;
+        match &request.aim {
+            Some(Aim::Object {
+                target,
+                owner: Some(owner),
+            }) => self.address(head, request, target, owner),
+            _ => forwarded(session, head),
+        }
+    }
+
+    async fn upstream_response_filter(
+        &self,
+        _session: &mut Session,
+        response: &mut ResponseHeader,
+        request: &mut Request,
+    ) -> Result<()> {
+        if !matches!(request.aim, Some(Aim::Object { .. })) {
+            strip_response(response);
+            return Ok(());
+        }
+        let Some(code) = response.headers.get(headers::ERROR) else {
+            return Ok(());
+        };
+        let code: Option<ErrorCode> = code.to_str().ok().and_then(|code| code.parse().ok());
+        if code == Some(ErrorCode::NotOwner) {
+            self.0.metrics.not_owner.increment(1);
+            request.failure = Some(Failure::NotOwner);
+            return Err(Error::new(NOT_OWNER));
+        }
+        request.refused = code;
+        Ok(())
+    }
+
+    fn fail_to_connect(
+        &self,
+        _session: &mut Session,
+        _peer: &HttpPeer,
+        request: &mut Request,
+        mut error: Box<Error>,
+    ) -> Box<Error> {
+        request.failure = Some(Failure::NotSent);
+        error.set_retry(retry::pause(&self.0.retry, request.tries).is_some());
+        error
+    }
+
+    fn error_while_proxy(
+        &self,
+        _peer: &HttpPeer,
+        session: &mut Session,
+        mut error: Box<Error>,
+        request: &mut Request,
+        reused: bool,
+    ) -> Box<Error> {
+        // pingora marks errors of reused connections on which no byte of an answer came.
+        error.retry.decide_reuse(reused);
+        let failure = match request.failure {
+            Some(failure) => failure,
+            None if error.retry() => Failure::StaleConnection,
+            None => Failure::Sent,
+        };
+        request.failure = Some(failure);
+        let again = retry::is_safe(failure, &session.req_header().method)
+            && !session.as_ref().retry_buffer_truncated()
+            && session.response_written().is_none()
+            && retry::pause(&self.0.retry, request.tries).is_some();
+        error.set_retry(again);
+        error
+    }
+
+    async fn fail_to_proxy(
+        &self,
+        session: &mut Session,
+        error: &Error,
+        request: &mut Request,
+    ) -> FailToProxy {
+        let gone = *error.esource() == ErrorSource::Downstream && *error.etype() != BODY_TOO_LARGE;
+        let mut code = 0;
+        if !gone && session.response_written().is_none() {
+            let problem = self.problem(error, request, &session.req_header().method);
+            code = problem.code.status().as_u16();
+            if let Err(error) = refuse(session, request, &problem).await {
+                debug!(%error, "the client hung up before its refusal");
+            }
+        }
+        FailToProxy {
+            error_code: code,
+            can_reuse_downstream: false,
+        }
+    }
+
+    /// The caller of pingora's own warnings is the operator, who has metrics and the client's answer.
+    fn suppress_error_log(&self, _session: &Session, _request: &Request, _error: &Error) -> bool {
+        true
+    }
+
+    async fn logging(&self, session: &mut Session, error: Option<&Error>, request: &mut Request) {
+        let took = request.begun.elapsed();
+        let code = match (request.refused, session.response_written()) {
+            (Some(refused), _) => Code::Refused(refused),
+            (None, Some(response)) => Code::Status(response.status.as_u16()),
+            (None, None) => Code::Gone,
+        };
+        self.0.metrics.request(&request.label, code, took);
+        log(session, error, request, code, took);
+    }
+}
+
+impl Proxy {
+    /// Makes the request one for a worker.
+    fn address(
+        &self,
+        head: &mut RequestHeader,
+        request: &Request,
+        target: &ObjectTarget,
+        owner: &Owner,
+    ) -> Result<()> {
+        head.insert_header(headers::CLASS, target.class.as_str())?;
+        head.insert_header(headers::OBJECT, target.id.to_string())?;
+        if let Some(name) = &target.name {
+            head.insert_header(headers::NAME, headers::encode_name(name).as_ref())?;
+        }
+        head.insert_header(headers::SHARD, HeaderValue::from(owner.shard.0))?;
+        head.insert_header(headers::EPOCH, HeaderValue::from(owner.epoch.0.get()))?;
+        head.insert_header(headers::COLO, self.0.colo.as_str())?;
+        head.insert_header(headers::REQUEST, request.id.as_str())?;
+        if let Some(token) = &self.0.token {
+            head.insert_header(headers::TOKEN, token.clone())?;
+        }
+        let path = match &target.ask {
+            Ask::Fetch { path_and_query } => path_and_query.as_str(),
+            Ask::Call { method } => {
+                head.insert_header(headers::METHOD, method.as_str())?;
+                "/"
+            }
+            Ask::Create => {
+                head.insert_header(headers::CREATE, "1")?;
+                "/"
+            }
+        };
+        let uri: Uri = path
+            .parse()
+            .or_err_with(ErrorType::InvalidHTTPHeader, || format!("path {path:?}"))?;
+        head.set_uri(uri);
+        Ok(())
+    }
+}
+
+/// Removes what only the system may say.
+fn strip(head: &mut RequestHeader) {
+    while let Some(name) = ours(&head.headers) {
+        head.remove_header(&name);
+    }
+}
+
+fn strip_response(response: &mut ResponseHeader) {
+    while let Some(name) = ours(&response.headers) {
+        response.remove_header(&name);
+    }
+}
+
+fn ours(headers: &http::HeaderMap) -> Option<HeaderName> {
+    headers
+        .keys()
+        .find(|name| name.as_str().starts_with(headers::PREFIX))
+        .cloned()
+}
+
+/// Tells an app who asked, by the names that proxies have always used.
+fn forwarded(session: &Session, head: &mut RequestHeader) -> Result<()> {
+    let client = session
+        .client_addr()
+        .and_then(|address| address.as_inet())
+        .map(|address| address.ip().to_string());
+    if let Some(client) = client {
+        let chain = match head
+            .headers
+            .get(FORWARDED_FOR)
+            .and_then(|chain| chain.to_str().ok())
+        {
+            Some(chain) => format!("{chain}, {client}"),
+            None => client,
+        };
+        head.insert_header(FORWARDED_FOR, chain)?;
+    }
+    if let Some(host) = head.headers.get(HOST).cloned() {
+        head.insert_header(FORWARDED_HOST, host)?;
+    }
+    head.insert_header(FORWARDED_PROTO, "http")
+}
+
+/// Answers with a problem document.
+async fn refuse(session: &mut Session, request: &mut Request, problem: &Problem) -> Result<()> {
+    request.refused = Some(problem.code);
+    let body = Bytes::from(problem.to_json(Some(&request.id)));
+    let mut head = ResponseHeader::build(problem.code.status(), Some(5))?;
+    head.insert_header(CONTENT_TYPE, problem::MEDIA_TYPE)?;
+    head.insert_header(CONTENT_LENGTH, HeaderValue::from(body.len()))?;
+    head.insert_header(headers::ERROR, problem.code.name())?;
+    if let Some(seconds) = problem.retry_after_seconds() {
+        head.insert_header(RETRY_AFTER, HeaderValue::from(seconds))?;
+    }
+    if let Some(allow) = problem.allow {
+        head.insert_header(ALLOW, allow)?;
+    }
+    let bodiless = session.req_header().method == Method::HEAD;
+    session
+        .write_response_header(Box::new(head), bodiless)
+        .await?;
+    if !bodiless {
+        session.write_response_body(Some(body), true).await?;
+    }
+    Ok(())
+}
+
+fn log(session: &Session, error: Option<&Error>, request: &Request, code: Code, took: Duration) {
+    debug!(
+        request = request.id,
+        trace = format_args!("{:032x}", request.trace.trace),
+        span = format_args!("{:016x}", request.trace.span),
+        method = %session.req_header().method,
+        route = request.label.as_str(),
+        ?code,
+        tries = request.tries,
+        took_us = took.as_micros(),
+        error = error.map(tracing::field::display),
+        "request answered"
+    );
+}

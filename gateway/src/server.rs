@@ -1,0 +1,443 @@
+//! One process: its threads, its admin listener, its start and its end.
+//!
+//! Each thread has a runtime, a listener on the shared port (SO_REUSEPORT spreads the connections)
+//! and a pingora proxy with its own pool of upstream connections: a request never leaves its thread.
+
+use std::error::Error;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use http::HeaderValue;
+use metrics_exporter_prometheus::PrometheusHandle;
+use ops::Causes;
+use ops::admin::{self, Admin, Page};
+use ops::config::ConfigError;
+use ops::metrics::Registry;
+use ops::process::{self, Order, Signals};
+use pingora_core::apps::{HttpServerApp, ServerApp};
+use pingora_core::protocols::l4::stream::Stream;
+use pingora_core::protocols::{GetSocketDigest, SocketDigest};
+use pingora_core::server::configuration::ServerConf;
+use pingora_proxy::HttpProxy;
+use protocol::RingVersion;
+use protocol::ring::RingDocument;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::config::{Args, Config, non_empty};
+use crate::metrics::Metrics;
+use crate::placement::{Placement, RingSource};
+use crate::proxy::{Dynamic, Proxy, Shared};
+use crate::upstream::ResolveError;
+
+/// Connections that the kernel holds for us between two accepts.
+const BACKLOG: i32 = 4096;
+
+/// After an accept failed, most likely for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why a gateway did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    #[error("the gateway cannot listen on {address}")]
+    Listen { address: String, source: io::Error },
+    #[error("start a thread")]
+    Thread { source: io::Error },
+}
+
+/// Where a gateway gets its ring from.
+pub enum RingFrom {
+    /// The nodes of the configuration, asked again and again.
+    Nodes,
+    /// A node in the same process.
+    Document(RingDocument),
+}
+
+/// A running gateway. Dropping it without [`shut_down`](Self::shut_down) leaves the threads running.
+pub struct Gateway {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    registry: Arc<Registry>,
+    stop: watch::Sender<bool>,
+    threads: Vec<JoinHandle<()>>,
+    keeper: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl Gateway {
+    /// Binds the port and starts the threads. When it returns, the gateway serves. Needs a tokio
+    /// runtime for the background task that keeps the ring.
+    pub async fn start(config: &Config, ring: RingFrom) -> Result<Self, StartError> {
+        config.validate()?;
+        let registry = Arc::new(Registry::default());
+        let shared = Arc::new(Shared {
+            colo: config.site()?,
+            token: token(config)?,
+            requests: config.requests.clone(),
+            retry: config.retry.clone(),
+            placement: Arc::new(Placement::default()),
+            dynamic: ArcSwap::from_pointee(Dynamic::new(config).await?),
+            metrics: Metrics::new(Arc::clone(&registry)),
+        });
+        let listeners =
+            listen(&config.listen, config.thread_count()).map_err(|source| StartError::Listen {
+                address: config.listen.clone(),
+                source,
+            })?;
+        let address = listeners[0]
+            .local_addr()
+            .map_err(|source| StartError::Listen {
+                address: config.listen.clone(),
+                source,
+            })?;
+        let keeper = match ring {
+            RingFrom::Document(document) => {
+                shared.placement.install(document).await;
+                None
+            }
+            RingFrom::Nodes => {
+                let source = RingSource {
+                    nodes: config.nodes.clone(),
+                    token: non_empty(&config.token).map(Arc::from),
+                };
+                let keep = Arc::clone(&shared.placement).keep(source, config.retry.ring_refresh);
+                Some(tokio::spawn(keep))
+            }
+        };
+        let (stop, stopped) = watch::channel(false);
+        let conf = Arc::new(server_conf(config));
+        let mut threads = Vec::with_capacity(listeners.len());
+        for (number, listener) in listeners.into_iter().enumerate() {
+            let thread = Thread {
+                listener,
+                shared: Arc::clone(&shared),
+                conf: Arc::clone(&conf),
+                drain_max: config.drain_max,
+                stop: stopped.clone(),
+            };
+            threads.push(
+                thread
+                    .spawn(number)
+                    .map_err(|source| StartError::Thread { source })?,
+            );
+        }
+        info!(%address, threads = threads.len(), "gateway started");
+        Ok(Self {
+            address,
+            shared,
+            registry,
+            stop,
+            threads,
+            keeper,
+        })
+    }
+
+    /// Where clients connect.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn registry(&self) -> &Arc<Registry> {
+        &self.registry
+    }
+
+    /// Takes the routes and upstreams of a new configuration. Requests under way keep the old ones.
+    pub async fn reload(&self, config: &Config) -> Result<(), StartError> {
+        config.validate()?;
+        let dynamic = Dynamic::new(config).await?;
+        self.shared.dynamic.store(Arc::new(dynamic));
+        Ok(())
+    }
+
+    /// Whether requests for objects can be routed.
+    pub fn health(&self) -> Result<(), String> {
+        if self.threads.iter().any(JoinHandle::is_finished) {
+            return Err("a thread ended".to_owned());
+        }
+        match self.shared.placement.version() {
+            Some(_) => Ok(()),
+            None => Err("no node has told this gateway its ring yet".to_owned()),
+        }
+    }
+
+    /// Stops accepting, lets requests under way finish, and ends the threads. Takes at most
+    /// `drain_max`. Blocks.
+    pub fn shut_down(self) {
+        // Threads hold the receivers; if all are gone there is nobody to tell.
+        self.stop.send_replace(true);
+        if let Some(keeper) = self.keeper {
+            keeper.abort();
+        }
+        for thread in self.threads {
+            if let Err(panic) = thread.join() {
+                std::panic::resume_unwind(panic);
+            }
+        }
+    }
+}
+
+fn token(config: &Config) -> Result<Option<HeaderValue>, ConfigError> {
+    non_empty(&config.token)
+        .map(|token| {
+            let mut value = HeaderValue::from_str(token).map_err(|_| {
+                ConfigError::Rule("token must be visible ASCII: it travels in a header".to_owned())
+            })?;
+            value.set_sensitive(true);
+            Ok(value)
+        })
+        .transpose()
+}
+
+fn server_conf(config: &Config) -> ServerConf {
+    ServerConf {
+        threads: 1,
+        work_stealing: false,
+        upstream_keepalive_pool_size: config.requests.idle_connections_max as usize,
+        // The proxy decides itself what is tried again; this only must not be less.
+        max_retries: config.retry.tries_max as usize + 1,
+        ..ServerConf::default()
+    }
+}
+
+/// Sockets on one port, one per thread.
+fn listen(address: &str, threads: usize) -> io::Result<Vec<std::net::TcpListener>> {
+    let mut address = address
+        .to_socket_addrs()?
+        .next()
+        .ok_or_else(|| io::Error::other("the address resolves to nothing"))?;
+    if address.port() != 0 {
+        // SO_REUSEPORT would share the port with a stranger of the same user without a word.
+        drop(std::net::TcpListener::bind(address)?);
+    }
+    let mut listeners = Vec::with_capacity(threads);
+    for _ in 0..threads {
+        let socket = Socket::new(
+            Domain::for_address(address),
+            Type::STREAM,
+            Some(Protocol::TCP),
+        )?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        let listener = std::net::TcpListener::from(socket);
+        address = listener.local_addr()?;
+        listeners.push(listener);
+    }
+    Ok(listeners)
+}
+
+/// One thread with everything it owns.
+struct Thread {
+    listener: std::net::TcpListener,
+    shared: Arc<Shared>,
+    conf: Arc<ServerConf>,
+    drain_max: Duration,
+    stop: watch::Receiver<bool>,
+}
+
+impl Thread {
+    fn spawn(self, number: usize) -> io::Result<JoinHandle<()>> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        std::thread::Builder::new()
+            .name(format!("gateway-{number}"))
+            .spawn(move || runtime.block_on(self.run()))
+    }
+
+    async fn run(mut self) {
+        let mut proxy = HttpProxy::new(Proxy(Arc::clone(&self.shared)), Arc::clone(&self.conf));
+        proxy.handle_init_modules();
+        let proxy = Arc::new(proxy);
+        let listener = match tokio::net::TcpListener::from_std(self.listener) {
+            Ok(listener) => listener,
+            Err(error) => {
+                warn!(error = %Causes(&error), "the listener cannot be used");
+                return;
+            }
+        };
+        let told = self.stop.clone();
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, peer)) => {
+                        let served = connection(stream, peer, Arc::clone(&proxy), told.clone(), Arc::clone(&self.shared));
+                        connections.spawn(served);
+                    }
+                    Err(error) => {
+                        warn!(error = %Causes(&error), "accept failed");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                },
+                Some(_) = connections.join_next() => {}
+                _ = self.stop.wait_for(|stop| *stop) => break,
+            }
+        }
+        drop(listener);
+        // Connections that wait for a next request close; the others finish theirs.
+        proxy.http_cleanup().await;
+        let drained = tokio::time::timeout(self.drain_max, async {
+            while connections.join_next().await.is_some() {}
+        });
+        if drained.await.is_err() {
+            warn!(
+                connections = connections.len(),
+                "drain took too long; connections are cut"
+            );
+        }
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    proxy: Arc<HttpProxy<Proxy>>,
+    stop: watch::Receiver<bool>,
+    shared: Arc<Shared>,
+) {
+    let _open = OpenConnection::count(&shared.metrics);
+    let digest = SocketDigest::from_raw_fd(stream.as_raw_fd());
+    // An empty cell takes its first value.
+    drop(digest.peer_addr.set(Some(peer.into())));
+    let mut stream = Stream::from(stream);
+    if let Err(error) = stream.set_nodelay() {
+        warn!(%error, "TCP_NODELAY");
+    }
+    stream.set_socket_digest(digest);
+    proxy.process_new(Box::new(stream), &stop).await;
+}
+
+/// Counts a connection while it is open, however it ends.
+struct OpenConnection<'a>(&'a Metrics);
+
+impl<'a> OpenConnection<'a> {
+    fn count(metrics: &'a Metrics) -> Self {
+        metrics.connections_total.increment(1);
+        metrics.connections.increment(1);
+        Self(metrics)
+    }
+}
+
+impl Drop for OpenConnection<'_> {
+    fn drop(&mut self) {
+        self.0.connections.decrement(1);
+    }
+}
+
+/// What a gateway shows its operator.
+pub struct GatewayAdmin {
+    pub gateway: Arc<Gateway>,
+    pub metrics: PrometheusHandle,
+}
+
+impl Admin for GatewayAdmin {
+    fn metrics(&self) -> String {
+        let version = self.gateway.shared.placement.version();
+        let version = version.map_or(0, |RingVersion(version)| version.get());
+        self.gateway.shared.metrics.ring_version.set(version as f64);
+        self.metrics.render()
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        self.gateway.health()
+    }
+
+    fn page(&self, _method: &http::Method, path: &str) -> Option<Page> {
+        (path == "/ring").then(|| match self.gateway.shared.placement.document() {
+            Some(document) => admin::json(&document),
+            None => admin::refusal(&protocol::Problem::unavailable(
+                "no node has told this gateway its ring yet",
+            )),
+        })
+    }
+}
+
+/// The whole life of the process `gateway`.
+pub fn main(args: &Args) -> ExitCode {
+    process::exit_code("gateway", run(args))
+}
+
+fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let config = args.load()?;
+    if args.check {
+        token(&config)?;
+        print_line("the configuration is valid");
+        return Ok(());
+    }
+    ops::logs::start(args.log_format, &args.log)?;
+    process::raise_descriptor_limit();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(serve(&config, args.config.clone()))
+}
+
+async fn serve(config: &Config, file: Option<PathBuf>) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let mut signals = Signals::listen()?;
+    let admin_listener = admin::bind(&config.admin_listen).await?;
+    let admin_address = admin_listener.local_addr()?;
+    let gateway = Arc::new(Gateway::start(config, RingFrom::Nodes).await?);
+    let handle = gateway.registry().handle();
+    let upkeep = tokio::spawn(ops::metrics::upkeep(handle.clone()));
+    let pages = Arc::new(GatewayAdmin {
+        gateway: Arc::clone(&gateway),
+        metrics: handle,
+    });
+    let token = non_empty(&config.admin_token).map(Arc::from);
+    let admin = tokio::spawn(admin::serve(admin_listener, token, pages));
+    print_line(&format!(
+        "ready http://{} admin http://{admin_address}",
+        gateway.address()
+    ));
+    while signals.next().await == Order::Reload {
+        reload(&gateway, file.as_ref()).await;
+    }
+    info!("stopping");
+    upkeep.abort();
+    admin.abort();
+    // Cancelled: that is what was asked for.
+    drop(admin.await);
+    let gateway = Arc::into_inner(gateway).ok_or("the admin listener still runs")?;
+    tokio::task::spawn_blocking(move || gateway.shut_down()).await?;
+    Ok(())
+}
+
+/// Reads the config file again. Whatever is wrong with it changes nothing.
+pub async fn reload(gateway: &Gateway, file: Option<&PathBuf>) {
+    let Some(file) = file else {
+        warn!("nothing to reload: there is no config file");
+        return;
+    };
+    let reloaded = match crate::config::read(file) {
+        Ok(config) => gateway.reload(&config).await,
+        Err(error) => Err(error.into()),
+    };
+    match reloaded {
+        Ok(()) => info!(file = %file.display(), "routes reloaded"),
+        Err(error) => warn!(error = %Causes(&error), "reload refused; the routes are unchanged"),
+    }
+}
+
+#[expect(
+    clippy::print_stdout,
+    reason = "the ready line is what callers wait for"
+)]
+fn print_line(line: &str) {
+    println!("{line}");
+}
