@@ -178,11 +178,18 @@ pub trait Engine {
     /// The database of an object that is about to write for the first time.
     fn create(&self, object: &Identity) -> rusqlite::Result<Connection>;
 
-    /// Ends the open transaction. On return the commit is durable.
+    /// Ends the open transaction, with [`commit_statement`]. On return the commit is durable.
     fn commit(&self, connection: &Connection) -> rusqlite::Result<()>;
 
     /// The object leaves memory. If it never committed anything, nothing of it may stay.
     fn close(&self, object: &Identity, connection: Connection);
+}
+
+/// `COMMIT`, for engines.
+pub fn commit_statement(connection: &Connection) -> rusqlite::Result<()> {
+    prepare_ours(connection, "COMMIT /* _dormouse_ */")?
+        .raw_execute()
+        .map(drop)
 }
 
 /// The database of one object.
@@ -263,6 +270,12 @@ impl Storage {
                 at: None,
             });
         }
+        if statements::skip_blank(sql).is_empty() {
+            return Err(StorageError::Sql {
+                message: "there is no statement in this SQL".to_owned(),
+                at: None,
+            });
+        }
         let _user = self.guard.user_sql(sql);
         // The usual case: one statement, prepared before. Its statement may be cached under the same
         // text as one of ours, so text that names a reserved table is authorized afresh each time.
@@ -296,12 +309,6 @@ impl Storage {
         bytes_max: usize,
     ) -> Result<Rows, StorageError> {
         let mut rest = statements::skip_blank(sql);
-        if rest.is_empty() {
-            return Err(StorageError::Sql {
-                message: "there is no statement in this SQL".to_owned(),
-                at: None,
-            });
-        }
         loop {
             let at = sql.len() - rest.len();
             let mut open = self.open()?;
@@ -407,13 +414,14 @@ impl Storage {
         let result = f();
         if result.is_err() {
             self.savepoint("ROLLBACK TO _dormouse_transaction")?;
+            self.open()?.has_pairs.set(false);
         }
         self.savepoint("RELEASE _dormouse_transaction")?;
         result
     }
 
     fn savepoint(&self, sql: &str) -> Result<(), StorageError> {
-        self.writing(|connection| connection.prepare_cached(sql)?.raw_execute().map(drop))
+        self.writing(|connection| prepare_ours(connection, sql)?.raw_execute().map(drop))
     }
 
     /// Bytes of the database, free pages included; 0 if the object never wrote.
@@ -578,9 +586,7 @@ impl Storage {
             return Ok(());
         }
         let _trusted = self.guard.trusted();
-        let begun = open
-            .connection
-            .prepare_cached("BEGIN IMMEDIATE")
+        let begun = prepare_ours(&open.connection, "BEGIN IMMEDIATE /* _dormouse_ */")
             .and_then(|mut begin| begin.raw_execute());
         self.check(begun, 0)?;
         self.segment.set(Segment::Writing);
@@ -599,7 +605,8 @@ impl Storage {
                  (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
             )
             .and_then(|()| {
-                let mut put = connection.prepare_cached(
+                let mut put = prepare_ours(
+                    connection,
                     "INSERT INTO _dormouse_meta (key, value) VALUES (?1, ?2) \
                      ON CONFLICT DO UPDATE SET value = excluded.value",
                 )?;
@@ -616,13 +623,14 @@ impl Storage {
     /// Reads what the database says of its object; `true` if it says all that we know.
     fn read_identity(&self, connection: &Connection) -> Result<bool, StorageError> {
         let _trusted = self.guard.trusted();
-        let found: rusqlite::Result<Vec<(String, String)>> = connection
-            .prepare_cached("SELECT key, value FROM _dormouse_meta")
-            .and_then(|mut statement| {
-                statement
-                    .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
-                    .collect()
-            });
+        let found: rusqlite::Result<Vec<(String, String)>> =
+            prepare_ours(connection, "SELECT key, value FROM _dormouse_meta").and_then(
+                |mut statement| {
+                    statement
+                        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+                        .collect()
+                },
+            );
         // A file without the table never saw a commit.
         let found = found.unwrap_or_default();
         let get = |key: &str| {
@@ -738,6 +746,17 @@ impl Drop for Storage {
     fn drop(&mut self) {
         self.close();
     }
+}
+
+/// Prepares one of our own statements, or takes it from the cache. Its text must name our prefix, if
+/// only in a comment: SQL of classes with that prefix never comes from the cache, so a class that
+/// gives the same text cannot get a statement that was authorized for us.
+fn prepare_ours<'c>(
+    connection: &'c Connection,
+    sql: &str,
+) -> rusqlite::Result<rusqlite::CachedStatement<'c>> {
+    debug_assert!(authorizer::mentions_reserved(sql), "{sql:?}");
+    connection.prepare_cached(sql)
 }
 
 fn owned(value: ValueRef<'_>) -> SqlValue {

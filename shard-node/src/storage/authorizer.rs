@@ -40,6 +40,9 @@ const PRAGMAS: [&str; 20] = [
     "table_xinfo",
 ];
 
+/// Pragmas that may be asked, but not set.
+const PRAGMAS_READ: [&str; 3] = ["freelist_count", "page_count", "page_size"];
+
 const MODULES: [&str; 7] = [
     "fts5",
     "fts5vocab",
@@ -177,12 +180,15 @@ fn refuse(action: &AuthAction<'_>, names_reserved: bool) -> Option<String> {
                 .to_owned(),
         ),
         AuthAction::Attach { .. } | AuthAction::Detach { .. } => Some(
-            "ATTACH, DETACH and VACUUM INTO are not available: an object has one database".to_owned(),
+            "ATTACH and DETACH are not available: an object has one database".to_owned(),
         ),
-        AuthAction::Pragma { pragma_name, .. } => {
-            let known = PRAGMAS
-                .iter()
-                .any(|allowed| allowed.eq_ignore_ascii_case(pragma_name));
+        AuthAction::Pragma {
+            pragma_name,
+            pragma_value,
+        } => {
+            let is = |allowed: &&str| allowed.eq_ignore_ascii_case(pragma_name);
+            let known = PRAGMAS.iter().any(|allowed| is(allowed))
+                || (pragma_value.is_none() && PRAGMAS_READ.iter().any(|allowed| is(allowed)));
             (!known).then(|| format!("PRAGMA {pragma_name} is not available"))
         }
         AuthAction::Function { function_name } => FUNCTIONS_DENIED
@@ -241,7 +247,7 @@ fn reserved(table: &str) -> Option<String> {
     taken.then(|| format!("names that begin with {RESERVED_PREFIX} are reserved"))
 }
 
-fn mentions_reserved(sql: &str) -> bool {
+pub(super) fn mentions_reserved(sql: &str) -> bool {
     sql.as_bytes()
         .windows(RESERVED_PREFIX.len())
         .any(|window| window.eq_ignore_ascii_case(RESERVED_PREFIX.as_bytes()))

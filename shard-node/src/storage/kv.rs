@@ -8,7 +8,7 @@ use rusqlite::limits::Limit;
 use rusqlite::types::ValueRef;
 use serde::Deserialize;
 
-use super::{Storage, StorageError};
+use super::{Storage, StorageError, prepare_ours};
 
 /// Longest key, in bytes of UTF-8.
 pub const KEY_BYTES_MAX: usize = 2048;
@@ -81,16 +81,18 @@ impl Storage {
             return Ok(None);
         }
         self.reading(|connection| {
-            connection
-                .prepare_cached("SELECT media_type, value FROM _dormouse_kv WHERE key = ?1")?
-                .query_row([key], |row| {
-                    Ok(Entry {
-                        key: key.to_owned(),
-                        media_type: row.get(0)?,
-                        value: row.get(1)?,
-                    })
+            prepare_ours(
+                connection,
+                "SELECT media_type, value FROM _dormouse_kv WHERE key = ?1",
+            )?
+            .query_row([key], |row| {
+                Ok(Entry {
+                    key: key.to_owned(),
+                    media_type: row.get(0)?,
+                    value: row.get(1)?,
                 })
-                .optional()
+            })
+            .optional()
         })
     }
 
@@ -113,17 +115,17 @@ impl Storage {
             let raised = i32::try_from(max.saturating_add(ROW_OVERHEAD_BYTES)).unwrap_or(i32::MAX);
             let before = connection.set_limit(Limit::SQLITE_LIMIT_LENGTH, raised)?;
             let written = (|| {
-                let new = connection
-                    .prepare_cached("SELECT 1 FROM _dormouse_kv WHERE key = ?1")?
+                let new = prepare_ours(connection, "SELECT 1 FROM _dormouse_kv WHERE key = ?1")?
                     .query_row([key], |_| Ok(()))
                     .optional()?
                     .is_none();
-                connection
-                    .prepare_cached(
-                        "INSERT INTO _dormouse_kv (key, media_type, value) VALUES (?1, ?2, ?3) \
-                         ON CONFLICT DO UPDATE SET media_type = excluded.media_type, value = excluded.value",
-                    )?
-                    .execute((key, media_type, value))?;
+                prepare_ours(
+                    connection,
+                    "INSERT INTO _dormouse_kv (key, media_type, value) VALUES (?1, ?2, ?3) \
+                     ON CONFLICT DO UPDATE \
+                     SET media_type = excluded.media_type, value = excluded.value",
+                )?
+                .execute((key, media_type, value))?;
                 Ok(new)
             })();
             connection.set_limit(Limit::SQLITE_LIMIT_LENGTH, before)?;
@@ -138,8 +140,7 @@ impl Storage {
             return Ok(false);
         }
         self.writing(|connection| {
-            let deleted = connection
-                .prepare_cached("DELETE FROM _dormouse_kv WHERE key = ?1")?
+            let deleted = prepare_ours(connection, "DELETE FROM _dormouse_kv WHERE key = ?1")?
                 .execute([key])?;
             Ok(deleted > 0)
         })
@@ -192,7 +193,7 @@ impl Storage {
             }
         };
         self.reading(|connection| {
-            let mut statement = connection.prepare_cached(sql)?;
+            let mut statement = prepare_ours(connection, sql)?;
             let mut rows = statement.query((least, end))?;
             let mut left = options.limit.unwrap_or(u32::MAX);
             while left > 0
@@ -219,10 +220,11 @@ impl Storage {
     fn has_pairs(&self) -> Result<bool, StorageError> {
         let open = self.open()?;
         if !open.has_pairs.get() && open.file {
-            let found = open
-                .connection
-                .prepare_cached("SELECT 1 FROM sqlite_schema WHERE name = '_dormouse_kv'")
-                .and_then(|mut statement| statement.exists([]));
+            let found = prepare_ours(
+                &open.connection,
+                "SELECT 1 FROM sqlite_schema WHERE name = '_dormouse_kv'",
+            )
+            .and_then(|mut statement| statement.exists([]));
             open.has_pairs.set(self.check(found, 0)?);
         }
         Ok(open.has_pairs.get())

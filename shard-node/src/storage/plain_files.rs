@@ -9,7 +9,7 @@ use protocol::ObjectId;
 use rusqlite::{Connection, OpenFlags};
 use tracing::warn;
 
-use super::{Engine, Identity};
+use super::{Engine, Identity, commit_statement};
 
 /// Files under `data/shards/{shard}/{2 hex}/{id}.db`.
 #[derive(Debug)]
@@ -69,19 +69,24 @@ impl Engine for PlainFiles {
     }
 
     fn commit(&self, connection: &Connection) -> rusqlite::Result<()> {
-        connection.prepare_cached("COMMIT")?.raw_execute().map(drop)
+        commit_statement(connection)
     }
 
     fn close(&self, object: &Identity, connection: Connection) {
+        // The first commit of an object records who it is: without a table, there was no commit.
+        let empty = connection
+            .query_row(
+                "SELECT NOT EXISTS (SELECT 1 FROM sqlite_schema)",
+                [],
+                |row| row.get(0),
+            )
+            .unwrap_or(false);
         if let Err((_, error)) = connection.close() {
             // Every commit is in the write-ahead log; the next open reads it.
             warn!(object = %object.id, %error, "closing a database failed");
             return;
         }
-        let path = self.path(object);
-        if std::fs::metadata(&path).is_ok_and(|file| file.len() == 0)
-            && let Err(error) = std::fs::remove_file(&path)
-        {
+        if empty && let Err(error) = std::fs::remove_file(self.path(object)) {
             warn!(object = %object.id, %error, "removing an empty database failed");
         }
     }

@@ -75,7 +75,8 @@ fn comment_end(bytes: &[u8], at: usize) -> Option<usize> {
     if rest.starts_with(b"--") {
         let length = rest.iter().position(|&byte| byte == b'\n');
         Some(length.map_or(bytes.len(), |length| at + length + 1))
-    } else if rest.starts_with(b"/*") {
+    } else if rest.starts_with(b"/*") && rest.len() > 2 {
+        // To SQLite, these two at the very end are operators.
         let length = rest[2..].windows(2).position(|pair| pair == b"*/");
         Some(length.map_or(bytes.len(), |length| at + length + 4))
     } else {
