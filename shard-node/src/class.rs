@@ -14,6 +14,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{self, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
@@ -259,7 +260,7 @@ pub struct Body(Kind);
 
 enum Kind {
     Bytes(Bytes),
-    Incoming(Incoming),
+    Incoming(Receiving),
     Stream(Pin<Box<dyn HttpBody<Data = Bytes, Error = BoxError>>>),
 }
 
@@ -324,7 +325,57 @@ impl From<String> for Body {
 
 impl From<Incoming> for Body {
     fn from(incoming: Incoming) -> Self {
-        Self(Kind::Incoming(incoming))
+        Self(Kind::Incoming(Receiving(Some(incoming))))
+    }
+}
+
+/// A body on its way in.
+///
+/// Whoever is refused before sending all of it should still read the refusal. If the connection were
+/// closed under the bytes that still come, most clients would see a broken connection instead; so
+/// what is dropped half read is received and forgotten, within bounds (as nginx's lingering close).
+struct Receiving(Option<Incoming>);
+
+/// Most bytes, and longest time, that an unwanted rest is received for.
+const REST_BYTES_MAX: usize = 16 << 20;
+const REST_TIME_MAX: Duration = Duration::from_secs(10);
+
+impl Receiving {
+    fn get(&self) -> &Incoming {
+        self.0.as_ref().expect("taken by drop alone")
+    }
+}
+
+impl HttpBody for Receiving {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let incoming = self.0.as_mut().expect("taken by drop alone");
+        Pin::new(incoming).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.get().is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.get().size_hint()
+    }
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        let Some(incoming) = self.0.take().filter(|incoming| !incoming.is_end_stream()) else {
+            return;
+        };
+        tokio::task::spawn_local(tokio::time::timeout(REST_TIME_MAX, async move {
+            let mut rest = http_body_util::Limited::new(incoming, REST_BYTES_MAX);
+            while let Some(Ok(_)) = rest.frame().await {}
+        }));
     }
 }
 

@@ -158,7 +158,8 @@ impl Host {
             }
         }
         // Every entry is looked at most once, even if nothing leaves.
-        for _ in 0..self.by_use.borrow().len() {
+        let entries = self.by_use.borrow().len();
+        for _ in 0..entries {
             match self.by_use.borrow().front() {
                 Some((used, _)) if now.duration_since(*used) >= self.config.objects.idle_after => {}
                 _ => break,

@@ -45,7 +45,7 @@ impl Server {
         let begun = Instant::now();
         let mut class = None;
         let seen = Seen::of(request.headers());
-        let answer = self.answer(request, &mut class).await;
+        let answer = self.answer(request.map(Body::from), &mut class).await;
         let (response, code) = match answer {
             Ok(response) => {
                 let status = response.status().as_u16();
@@ -65,7 +65,7 @@ impl Server {
 
     async fn answer(
         &self,
-        mut request: Request<Incoming>,
+        mut request: Request<Body>,
         class_seen: &mut Option<Arc<dyn Class>>,
     ) -> Result<Response<Body>, Problem> {
         self.authenticate(request.headers_mut())?;
@@ -101,7 +101,7 @@ impl Server {
         }
     }
 
-    fn internal_page(&self, request: &Request<Incoming>) -> Result<Response<Body>, Problem> {
+    fn internal_page(&self, request: &Request<Body>) -> Result<Response<Body>, Problem> {
         if request.uri().path() != headers::RING_PATH || request.method() != Method::GET {
             return Err(Problem::bad_request(format!(
                 "the header {} is missing: workers take requests routed by a gateway",
@@ -182,9 +182,9 @@ impl Server {
     async fn fetch(
         &self,
         address: &Address,
-        request: Request<Incoming>,
+        request: Request<Body>,
     ) -> Result<Response<Body>, Problem> {
-        let event = Event::Fetch(request.map(Body::from));
+        let event = Event::Fetch(request);
         match self.host.deliver(address, event).await? {
             Reply::Response(response) => Ok(self.clean(address, response)),
             Reply::Value(value) => Ok(json(StatusCode::OK, value.to_string())),
@@ -195,12 +195,13 @@ impl Server {
         &self,
         address: &Address,
         method: &HeaderValue,
-        request: Request<Incoming>,
+        request: Request<Body>,
     ) -> Result<Response<Body>, Problem> {
         let method = method
             .to_str()
             .map_err(|error| bad_header(&headers::METHOD, &error))?;
-        let body = Body::from(request.into_body())
+        let body = request
+            .into_body()
             .read(limits::RPC_BODY_BYTES_MAX)
             .await
             .map_err(|error| Problem {

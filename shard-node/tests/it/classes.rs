@@ -1,0 +1,231 @@
+//! Classes for tests: one that shows what the host does, one that misbehaves.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use http::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use protocol::ClassName;
+use shard_node::class::{Args, Body, Class, ClassError, Context, Instance, Json, Turn};
+use shard_node::classes::Classes;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+pub(crate) fn all() -> Classes {
+    Classes::built_in()
+        .with(Probe::default())
+        .with(Broken::default())
+}
+
+/// Counts its own constructions, waits, panics, echoes.
+pub(crate) struct Probe(ClassName);
+
+impl Default for Probe {
+    fn default() -> Self {
+        Self("Probe".parse().unwrap())
+    }
+}
+
+impl Class for Probe {
+    fn name(&self) -> &ClassName {
+        &self.0
+    }
+
+    fn methods(&self) -> &'static [&'static str] {
+        &[
+            "instance",
+            "name",
+            "id",
+            "write",
+            "written",
+            "write_then_fail",
+            "write_then_panic",
+            "wait",
+            "write_around_a_wait",
+            "read_add_write",
+            "order",
+            "cached",
+            "throw",
+        ]
+    }
+
+    fn construct(&self, context: Context) -> Result<Rc<dyn Instance>, ClassError> {
+        static INSTANCES: AtomicU64 = AtomicU64::new(0);
+        Ok(Rc::new(ProbeInstance {
+            context,
+            number: INSTANCES.fetch_add(1, Ordering::Relaxed),
+            calls: Cell::new(0),
+            cached: Cell::new(0),
+        }))
+    }
+}
+
+struct ProbeInstance {
+    context: Context,
+    number: u64,
+    calls: Cell<u64>,
+    cached: Cell<u64>,
+}
+
+impl ProbeInstance {
+    fn write(&self, value: &str) -> Result<(), ClassError> {
+        self.context
+            .storage()
+            .kv_put("value", None, value.as_bytes())?;
+        Ok(())
+    }
+
+    fn written(&self) -> Result<Json, ClassError> {
+        let entry = self.context.storage().kv_get("value")?;
+        Ok(entry.map_or(Json::Null, |entry| {
+            String::from_utf8(entry.value).unwrap().into()
+        }))
+    }
+}
+
+impl Instance for ProbeInstance {
+    fn fetch(self: Rc<Self>, mut request: Request<Body>) -> Turn<Response<Body>> {
+        match request.uri().path() {
+            // Sends the body back as it comes.
+            "/echo" => {
+                let (head, body) = request.into_parts();
+                let mut response = Response::new(body);
+                *response.headers_mut() = head.headers;
+                response.headers_mut().remove("content-length");
+                response.headers_mut().remove("transfer-encoding");
+                Turn::Done(Ok(response))
+            }
+            // Speaks its own protocol after 101: every byte comes back, upper-cased.
+            "/upgrade" => {
+                let upgraded = hyper::upgrade::on(&mut request);
+                tokio::task::spawn_local(async move {
+                    let mut stream = TokioIo::new(upgraded.await.unwrap());
+                    let mut byte = [0];
+                    while stream.read(&mut byte).await.is_ok_and(|read| read == 1) {
+                        stream
+                            .write_all(&byte.map(|b| b.to_ascii_uppercase()))
+                            .await
+                            .unwrap();
+                        stream.flush().await.unwrap();
+                    }
+                });
+                let mut response = Response::new(Body::empty());
+                *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+                response
+                    .headers_mut()
+                    .insert("connection", "upgrade".parse().unwrap());
+                response
+                    .headers_mut()
+                    .insert("upgrade", "shout".parse().unwrap());
+                Turn::Done(Ok(response))
+            }
+            // What it saw of the request.
+            path => {
+                let headers: serde_json::Map<String, Json> = request
+                    .headers()
+                    .iter()
+                    .map(|(name, value)| (name.to_string(), value.to_str().unwrap().into()))
+                    .collect();
+                let seen = serde_json::json!({
+                    "method": request.method().as_str(),
+                    "path": path,
+                    "query": request.uri().query(),
+                    "headers": headers,
+                });
+                let mut response = Response::new(Body::from(seen.to_string()));
+                *response.status_mut() = StatusCode::IM_A_TEAPOT;
+                response
+                    .headers_mut()
+                    .insert("x-own", "kept".parse().unwrap());
+                response
+                    .headers_mut()
+                    .insert("dormouse-error", "forged".parse().unwrap());
+                Turn::Done(Ok(response))
+            }
+        }
+    }
+
+    fn call(self: Rc<Self>, method: &str, args: Args) -> Turn<Json> {
+        self.calls.set(self.calls.get() + 1);
+        match method {
+            "instance" => Turn::Done(Ok(self.number.into())),
+            "name" => Turn::Done(
+                self.context
+                    .name()
+                    .map_err(ClassError::from)
+                    .map(|name| name.map_or(Json::Null, |name| name.as_str().into())),
+            ),
+            "id" => Turn::Done(Ok(self.context.id().to_string().into())),
+            "write" => Turn::Done(
+                args.text(0, "value")
+                    .and_then(|value| self.write(value))
+                    .map(|()| Json::Null),
+            ),
+            "written" => Turn::Done(self.written()),
+            "write_then_fail" => Turn::Done(
+                self.write("lost")
+                    .and(Err(ClassError::BadRequest("as asked".to_owned()))),
+            ),
+            "write_then_panic" => {
+                self.write("lost").unwrap();
+                panic!("as asked");
+            }
+            "throw" => Turn::Done(Err(ClassError::Thrown {
+                name: "RangeError".to_owned(),
+                message: "too far".to_owned(),
+            })),
+            "wait" => {
+                let millis = args.integer(0, "ms").unwrap().unwrap();
+                Turn::run(async move {
+                    tokio::time::sleep(Duration::from_millis(millis.unsigned_abs())).await;
+                    Ok(self.number.into())
+                })
+            }
+            // Two stretches: the first is durable although the second fails.
+            "write_around_a_wait" => Turn::run(async move {
+                self.write("before")?;
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                self.write("after")?;
+                Err(ClassError::BadRequest("as asked".to_owned()))
+            }),
+            // Safe without any lock, because nothing is awaited in between.
+            "read_add_write" => Turn::Done((|| {
+                let storage = self.context.storage();
+                let number =
+                    |bytes: &[u8]| std::str::from_utf8(bytes).unwrap().parse::<u64>().unwrap();
+                let before = storage.kv_get("n")?.map_or(0, |entry| number(&entry.value));
+                storage.kv_put("n", None, (before + 1).to_string().as_bytes())?;
+                Ok((before + 1).into())
+            })()),
+            "order" => Turn::Done(Ok(self.calls.get().into())),
+            _ => {
+                self.cached.set(self.cached.get() + 1);
+                Turn::Done(Ok(self.cached.get().into()))
+            }
+        }
+    }
+}
+
+/// Cannot be constructed.
+pub(crate) struct Broken(ClassName);
+
+impl Default for Broken {
+    fn default() -> Self {
+        Self("Broken".parse().unwrap())
+    }
+}
+
+impl Class for Broken {
+    fn name(&self) -> &ClassName {
+        &self.0
+    }
+
+    fn methods(&self) -> &'static [&'static str] {
+        &["any"]
+    }
+
+    fn construct(&self, _context: Context) -> Result<Rc<dyn Instance>, ClassError> {
+        panic!("this constructor always panics");
+    }
+}
