@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -49,7 +50,9 @@ pub enum RouteError {
 /// Shared by all threads; reading it is one atomic load.
 pub struct Placement {
     current: ArcSwapOption<Placed>,
-    /// Asks the background task to look now.
+    /// A task keeps the ring current; without one there is nobody to ask for a newer ring.
+    kept: AtomicBool,
+    /// Asks that task to look now.
     wanted: Notify,
     /// Counts the looks that have ended.
     looks: watch::Sender<u64>,
@@ -59,6 +62,7 @@ impl Default for Placement {
     fn default() -> Self {
         Self {
             current: ArcSwapOption::empty(),
+            kept: AtomicBool::new(false),
             wanted: Notify::new(),
             looks: watch::Sender::new(0),
         }
@@ -88,6 +92,9 @@ impl Placement {
 
     /// Something points to a newer ring: looks for it, and returns when that is done, or after a bound.
     pub async fn refresh(&self) {
+        if !self.kept.load(Ordering::Relaxed) {
+            return;
+        }
         let mut looks = self.looks.subscribe();
         self.wanted.notify_one();
         // The sender lives in `self`; only the time can run out.
@@ -96,6 +103,7 @@ impl Placement {
 
     /// Keeps the ring current for ever: every `period`, and whenever a refresh is wanted.
     pub async fn keep(self: Arc<Self>, source: RingSource, period: Duration) {
+        self.kept.store(true, Ordering::Relaxed);
         loop {
             self.look(&source).await;
             self.looks.send_modify(|looks| *looks += 1);

@@ -6,7 +6,9 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HOST, RETRY_AFTER};
+use http::header::{
+    ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, RETRY_AFTER, UPGRADE,
+};
 use http::{HeaderName, HeaderValue, Method, Uri};
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, OrErr, Result};
@@ -28,6 +30,10 @@ use crate::upstream::Upstream;
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+/// Most bytes, and longest time, that an unwanted body is received for.
+const REST_BYTES_MAX: usize = 16 << 20;
+const REST_TIME_MAX: Duration = Duration::from_secs(10);
 
 const NOT_OWNER: ErrorType = ErrorType::Custom("not_owner");
 const BODY_TOO_LARGE: ErrorType = ErrorType::Custom("body_too_large");
@@ -242,6 +248,7 @@ impl ProxyHttp for Proxy {
                 Ok(false)
             }
             Err(problem) => {
+                receive_rest(session).await;
                 refuse(session, request, &problem).await?;
                 Ok(true)
             }
@@ -309,6 +316,7 @@ impl ProxyHttp for Proxy {
         request: &mut Request,
     ) -> Result<()> {
         strip(head);
+        pass_upgrade(session, head)?;
         head.insert_header(headers::TRACEPARENT, request.trace.to_string())?;
         match &request.aim {
             Some(Aim::Object {
@@ -456,6 +464,27 @@ impl Proxy {
     }
 }
 
+/// Lets an upgrade to any protocol pass. pingora has removed the headers that concern one connection
+/// only; of these, an upgrade needs two again. To `h2c` it never passes: a tunnel of HTTP/2 requests
+/// would go around everything that this gateway checks (RFC 9113 dropped that upgrade).
+fn pass_upgrade(session: &Session, head: &mut RequestHeader) -> Result<()> {
+    let asked = session.req_header();
+    match asked.headers.get(UPGRADE) {
+        Some(protocol) if session.is_upgrade_req() && !mentions_h2c(protocol) => {
+            head.insert_header(CONNECTION, "upgrade")?;
+            head.insert_header(UPGRADE, protocol.clone())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn mentions_h2c(protocol: &HeaderValue) -> bool {
+    protocol
+        .as_bytes()
+        .windows(3)
+        .any(|window| window.eq_ignore_ascii_case(b"h2c"))
+}
+
 /// Removes what only the system may say.
 fn strip(head: &mut RequestHeader) {
     while let Some(name) = ours(&head.headers) {
@@ -497,6 +526,26 @@ fn forwarded(session: &Session, head: &mut RequestHeader) -> Result<()> {
         head.insert_header(FORWARDED_HOST, host)?;
     }
     head.insert_header(FORWARDED_PROTO, "http")
+}
+
+/// Receives and forgets a body that nobody wants, within bounds. If the connection were closed under the
+/// bytes that still come, most clients would see a broken connection instead of their refusal.
+async fn receive_rest(session: &mut Session) {
+    // Who asks first will see the refusal first, and then sends no body.
+    if session.req_header().headers.contains_key(EXPECT) {
+        return;
+    }
+    let receive = async {
+        let mut left = REST_BYTES_MAX;
+        while let Ok(Some(bytes)) = session.downstream_session.read_request_body().await {
+            match left.checked_sub(bytes.len()) {
+                Some(rest) => left = rest,
+                None => break,
+            }
+        }
+    };
+    // The bound on time is as good an end as the end of the body.
+    drop(tokio::time::timeout(REST_TIME_MAX, receive).await);
 }
 
 /// Answers with a problem document.
