@@ -93,6 +93,7 @@ impl Placement {
     /// Something points to a newer ring: looks for it, and returns when that is done, or after a bound.
     pub async fn refresh(&self) {
         if !self.kept.load(Ordering::Relaxed) {
+            tokio::task::yield_now().await;
             return;
         }
         let mut looks = self.looks.subscribe();

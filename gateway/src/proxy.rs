@@ -13,7 +13,7 @@ use http::{HeaderName, HeaderValue, Method, Uri};
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, OrErr, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
-use pingora_proxy::{FailToProxy, ProxyHttp, Session};
+use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use protocol::trace::TraceParent;
 use protocol::{Colo, ErrorCode, Problem, headers, problem};
 use rand::Rng;
@@ -36,6 +36,7 @@ const REST_BYTES_MAX: usize = 16 << 20;
 const REST_TIME_MAX: Duration = Duration::from_secs(10);
 
 const NOT_OWNER: ErrorType = ErrorType::Custom("not_owner");
+const TOKEN_REFUSED: ErrorType = ErrorType::Custom("token_refused");
 const BODY_TOO_LARGE: ErrorType = ErrorType::Custom("body_too_large");
 const UNROUTABLE: ErrorType = ErrorType::Custom("unroutable");
 
@@ -160,6 +161,10 @@ impl Proxy {
             kind if *kind == NOT_OWNER => {
                 unavailable("the shard of this object is moving between workers".to_owned())
             }
+            kind if *kind == TOKEN_REFUSED => Problem::new(
+                ErrorCode::Internal,
+                "the worker does not accept the cluster token of this gateway",
+            ),
             kind if *kind == UNROUTABLE => unavailable(
                 error
                     .context
@@ -346,6 +351,10 @@ impl ProxyHttp for Proxy {
             request.failure = Some(Failure::NotOwner);
             return Err(Error::new(NOT_OWNER));
         }
+        if code == Some(ErrorCode::Unauthorized) {
+            // A matter between gateway and worker: no credentials of the client could help.
+            return Err(Error::new(TOKEN_REFUSED));
+        }
         request.refused = code;
         Ok(())
     }
@@ -409,6 +418,18 @@ impl ProxyHttp for Proxy {
 
     /// The caller of pingora's own warnings is the operator, who has metrics and the client's answer.
     fn suppress_error_log(&self, _session: &Session, _request: &Request, _error: &Error) -> bool {
+        true
+    }
+
+    /// Tries after the first are counted, and logged with the request.
+    fn suppress_proxy_warn_log(
+        &self,
+        _session: &Session,
+        _request: &Request,
+        error: &Error,
+        _context: ProxyWarnLogContext,
+    ) -> bool {
+        debug!(%error, "a try failed");
         true
     }
 

@@ -43,6 +43,9 @@ use crate::upstream::ResolveError;
 /// Connections that the kernel holds for us between two accepts.
 const BACKLOG: i32 = 4096;
 
+/// How long a starting gateway waits for its first ring before it says that it is ready.
+const SETTLE_MAX: Duration = Duration::from_secs(1);
+
 /// After an accept failed, most likely for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -152,6 +155,20 @@ impl Gateway {
 
     pub fn registry(&self) -> &Arc<Registry> {
         &self.registry
+    }
+
+    /// Waits until requests for objects can be routed, but not for ever: apps can be served before.
+    pub async fn settle(&self) {
+        let settled = async {
+            while self.shared.placement.version().is_none() {
+                self.shared.placement.refresh().await;
+            }
+        };
+        if tokio::time::timeout(SETTLE_MAX, settled).await.is_err() {
+            warn!(
+                "no node has shown its ring yet; requests for objects are refused until one does"
+            );
+        }
     }
 
     /// Takes the routes and upstreams of a new configuration. Requests under way keep the old ones.
@@ -401,6 +418,7 @@ async fn serve(config: &Config, file: Option<PathBuf>) -> Result<(), Box<dyn Err
     });
     let token = non_empty(&config.admin_token).map(Arc::from);
     let admin = tokio::spawn(admin::serve(admin_listener, token, pages));
+    gateway.settle().await;
     print_line(&format!(
         "ready http://{} admin http://{admin_address}",
         gateway.address()

@@ -1,0 +1,143 @@
+//! kill -9 under load: what was acknowledged is there.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde_json::json;
+
+use crate::support::{Process, agent, call, request};
+
+const CLIENTS: u64 = 8;
+const OBJECTS: u32 = 1000;
+const KILLS: u32 = 6;
+
+/// Increments and rows of one object, as its clients know them.
+#[derive(Default, Clone, Copy)]
+struct Known {
+    acknowledged: i64,
+    unknown: i64,
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_by_kill_9() {
+    let seed: u64 = rand::rng().random();
+    println!("seed {seed}");
+    let dir = tempfile::tempdir().unwrap();
+    let first = Process::dev(dir.path());
+    let url = Mutex::new(first.url.clone());
+    let stop = AtomicBool::new(false);
+    let (never, pause) = mpsc::sync_channel::<()>(1);
+    let (url_now, stop_now) = (&url, &stop);
+    let (process, increments, rows) = thread::scope(|scope| {
+        let mut process = first;
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|client| scope.spawn(move || increment(seed ^ client, url_now, stop_now)))
+            .collect();
+        let writer = scope.spawn(|| insert(&url, &stop));
+        for _ in 0..KILLS {
+            pause.recv_timeout(Duration::from_millis(700)).unwrap_err();
+            process.kill();
+            process = Process::dev(dir.path());
+            url.lock().unwrap().clone_from(&process.url);
+        }
+        pause.recv_timeout(Duration::from_millis(300)).unwrap_err();
+        stop.store(true, Ordering::Relaxed);
+        drop(never);
+        let mut all: HashMap<u32, Known> = HashMap::new();
+        for client in clients {
+            for (object, known) in client.join().unwrap() {
+                let sum = all.entry(object).or_default();
+                sum.acknowledged += known.acknowledged;
+                sum.unknown += known.unknown;
+            }
+        }
+        (process, all, writer.join().unwrap())
+    });
+    let acknowledged: i64 = increments.values().map(|known| known.acknowledged).sum();
+    assert!(
+        acknowledged > 100 && rows.len() > 10,
+        "there was hardly any load: {acknowledged}"
+    );
+    for (object, known) in increments {
+        let total = call(
+            &process.url,
+            &format!("Counter/c{object}/value"),
+            &json!([]),
+        )
+        .as_i64()
+        .unwrap();
+        let possible = known.acknowledged..=known.acknowledged + known.unknown;
+        assert!(
+            possible.contains(&total),
+            "object {object} has {total}, not {possible:?}"
+        );
+    }
+    let found = call(&process.url, "Sql/log/exec", &json!(["SELECT n FROM t"]));
+    let found: Vec<i64> = found["rows"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row[0].as_i64().unwrap())
+        .collect();
+    for row in rows {
+        assert!(found.contains(&row), "row {row} was acknowledged");
+    }
+    let check = call(
+        &process.url,
+        "Sql/log/exec",
+        &json!(["PRAGMA integrity_check"]),
+    );
+    assert_eq!(check["rows"], json!([["ok"]]));
+}
+
+/// Increments random objects until told to stop.
+fn increment(seed: u64, url: &Mutex<String>, stop: &AtomicBool) -> HashMap<u32, Known> {
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut known: HashMap<u32, Known> = HashMap::new();
+    let agent = agent();
+    while !stop.load(Ordering::Relaxed) {
+        let object = random.random_range(0..OBJECTS);
+        let url = url.lock().unwrap().clone();
+        let known = known.entry(object).or_default();
+        match request(
+            &agent,
+            "POST",
+            &format!("{url}/rpc/Counter/c{object}/increment"),
+            "",
+        ) {
+            Ok((200, _)) => known.acknowledged += 1,
+            _ => known.unknown += 1,
+        }
+    }
+    known
+}
+
+/// Inserts numbered rows until told to stop; those that were acknowledged.
+fn insert(url: &Mutex<String>, stop: &AtomicBool) -> Vec<i64> {
+    let agent = agent();
+    let mut acknowledged = Vec::new();
+    let mut number = 0;
+    while !stop.load(Ordering::Relaxed) {
+        number += 1;
+        let url = url.lock().unwrap().clone();
+        let sql = json!([
+            "CREATE TABLE IF NOT EXISTS t (n); INSERT INTO t VALUES (?)",
+            number
+        ]);
+        let answer = request(
+            &agent,
+            "POST",
+            &format!("{url}/rpc/Sql/log/exec"),
+            &sql.to_string(),
+        );
+        if let Ok((200, _)) = answer {
+            acknowledged.push(number);
+        }
+    }
+    acknowledged
+}

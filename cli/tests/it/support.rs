@@ -1,0 +1,142 @@
+//! Processes of the real binary, and requests to them.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+pub(crate) fn dormouse() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dormouse"));
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("DORMOUSE_")) {
+        command.env_remove(name);
+    }
+    command.stdin(Stdio::null());
+    command
+}
+
+/// A process that has printed its ready line. Killed when dropped.
+pub(crate) struct Process {
+    child: Child,
+    pub(crate) url: String,
+    pub(crate) admin: String,
+}
+
+impl Process {
+    /// Starts `command` and waits for its ready line.
+    #[track_caller]
+    pub(crate) fn start(command: &mut Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let ready = lines.next().expect("it ended before it was ready").unwrap();
+        // Whatever else it prints must not block it.
+        std::thread::spawn(move || lines.for_each(drop));
+        let mut words = ready.split(' ');
+        let mut word = |want: Option<&str>| {
+            let word = words
+                .next()
+                .unwrap_or_else(|| panic!("{ready:?} is no ready line"));
+            assert!(
+                want.is_none_or(|want| want == word),
+                "{ready:?} is no ready line"
+            );
+            word.to_owned()
+        };
+        word(Some("ready"));
+        let url = word(None);
+        word(Some("admin"));
+        let admin = word(None);
+        Self { child, url, admin }
+    }
+
+    pub(crate) fn dev(data_dir: &Path) -> Self {
+        Self::start(dev(data_dir).stderr(Stdio::inherit()))
+    }
+
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill")
+            .args([&format!("-{name}"), &self.child.id().to_string()])
+            .status()
+            .unwrap();
+        assert!(sent.success());
+    }
+
+    /// kill -9.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub(crate) fn wait(mut self) -> ExitStatus {
+        self.child.wait().unwrap()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended already.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// `dormouse dev` on free ports.
+pub(crate) fn dev(data_dir: &Path) -> Command {
+    let mut command = dormouse();
+    command
+        .args([
+            "dev",
+            "--listen",
+            "127.0.0.1:0",
+            "--admin-listen",
+            "127.0.0.1:0",
+            "--data-dir",
+        ])
+        .arg(data_dir);
+    command
+}
+
+pub(crate) fn agent() -> ureq::Agent {
+    ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_global(Some(Duration::from_secs(60)))
+        .build()
+        .into()
+}
+
+/// Status and body.
+pub(crate) fn request(
+    agent: &ureq::Agent,
+    method: &str,
+    url: &str,
+    body: &str,
+) -> Result<(u16, String), ureq::Error> {
+    let request = ureq::http::Request::builder()
+        .method(method)
+        .uri(url)
+        .body(body.to_owned())
+        .unwrap();
+    let response = agent.run(request)?;
+    let status = response.status().as_u16();
+    let mut text = String::new();
+    response
+        .into_body()
+        .into_reader()
+        .read_to_string(&mut text)?;
+    Ok((status, text))
+}
+
+/// The result of a call that must succeed.
+#[track_caller]
+pub(crate) fn call(url: &str, path: &str, args: &Value) -> Value {
+    let (status, body) = request(
+        &agent(),
+        "POST",
+        &format!("{url}/rpc/{path}"),
+        &args.to_string(),
+    )
+    .unwrap();
+    assert_eq!(status, 200, "{path}: {body}");
+    serde_json::from_str(&body).unwrap()
+}
