@@ -190,10 +190,6 @@ async fn serve(
     Ok(())
 }
 
-#[expect(
-    clippy::print_stdout,
-    reason = "the ready line is what callers wait for"
-)]
 fn print(text: &str) {
     use std::io::Write;
     let mut out = std::io::stdout().lock();

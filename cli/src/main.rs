@@ -17,10 +17,6 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "one value per process, parsed once"
-)]
 enum Command {
     /// A gateway and a node in one process, on loopback, for development
     Dev(dev::Args),

@@ -227,9 +227,9 @@ async fn load(args: &RunArgs) -> anyhow::Result<Report> {
     while let Some(ended) = connections.join_next().await {
         ended.context("a connection's task panicked")?;
     }
-    let mut tally = tally.borrow_mut();
-    let objects = std::mem::take(&mut tally.objects);
+    let objects = std::mem::take(&mut tally.borrow_mut().objects);
     let verification = verify(&target, objects, args.connections).await?;
+    let mut tally = tally.borrow_mut();
     let seconds = (tally.last_answer - measure_from)
         .as_secs_f64()
         .max(f64::EPSILON);

@@ -168,6 +168,8 @@ proptest! {
     #[test]
     fn no_url_makes_routing_panic(path in "(/objects/|/rpc/|/)?\\PC{0,60}", query in proptest::option::of("\\PC{0,20}")) {
         let asked = Asked { method: &Method::POST, host: Some(&path), path: &path, query: query.as_deref() };
-        let _ = decide(&routes(), asked, || [0; 20]).is_ok();
+        if let Ok(Target::Object(target)) = decide(&routes(), asked, || [0; 20]) {
+            prop_assert_eq!(target.id.check_class(&target.class), Ok(target.id));
+        }
     }
 }

@@ -77,11 +77,19 @@ proptest! {
     }
 
     #[test]
-    fn no_text_makes_a_parser_panic(text in any::<String>()) {
-        let _ = text.parse::<ObjectId>().is_ok();
-        let _ = text.parse::<ClassName>().is_ok();
-        let _ = ObjectName::decode(&text).is_ok();
-        let _ = text.parse::<Colo>().is_ok();
+    fn whatever_a_parser_accepts_prints_as_it_was(text in any::<String>()) {
+        if let Ok(id) = text.parse::<ObjectId>() {
+            prop_assert_eq!(id.to_string(), text.as_str());
+        }
+        if let Ok(class) = text.parse::<ClassName>() {
+            prop_assert_eq!(class.as_str(), text.as_str());
+        }
+        if let Ok(colo) = text.parse::<Colo>() {
+            prop_assert_eq!(colo.as_str(), text.as_str());
+        }
+        if let Ok(name) = ObjectName::decode(&text) {
+            prop_assert_eq!(name.as_str().parse(), Ok(name.clone()));
+        }
     }
 }
 

@@ -187,8 +187,8 @@ fn refuse(action: &AuthAction<'_>, names_reserved: bool) -> Option<String> {
             pragma_value,
         } => {
             let is = |allowed: &&str| allowed.eq_ignore_ascii_case(pragma_name);
-            let known = PRAGMAS.iter().any(|allowed| is(allowed))
-                || (pragma_value.is_none() && PRAGMAS_READ.iter().any(|allowed| is(allowed)));
+            let known = PRAGMAS.iter().any(is)
+                || (pragma_value.is_none() && PRAGMAS_READ.iter().any(is));
             (!known).then(|| format!("PRAGMA {pragma_name} is not available"))
         }
         AuthAction::Function { function_name } => FUNCTIONS_DENIED

@@ -666,7 +666,7 @@ proptest! {
                 }
             }
             storage.commit().unwrap();
-            if model.len() % 3 == 0 {
+            if model.len().is_multiple_of(3) {
                 storage = fixture.open_after(storage);
             }
         }
