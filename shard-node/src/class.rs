@@ -8,6 +8,7 @@
 //! handler fails, undone. While one handler awaits, others of the same object may run, as
 //! everywhere Durable Objects exist. Fields are not undone: change storage first, fields after.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::ops::RangeInclusive;
 use std::pin::Pin;
@@ -129,6 +130,17 @@ struct Inner {
     class: ClassName,
     storage: Storage,
     clock: Arc<dyn Clock>,
+    /// What keeps the object in memory besides its turns.
+    holds: Cell<u32>,
+}
+
+/// Keeps its object in memory until it is dropped.
+pub struct Awake(Rc<Inner>);
+
+impl Drop for Awake {
+    fn drop(&mut self) {
+        self.0.holds.set(self.0.holds.get() - 1);
+    }
 }
 
 impl Context {
@@ -143,7 +155,20 @@ impl Context {
             class,
             storage,
             clock,
+            holds: Cell::new(0),
         }))
+    }
+
+    /// Keeps the object awake beyond the turn, for as long as the guard lives: a connection that it
+    /// took over, a response that is still produced. Turns and streamed bodies need no guard.
+    #[must_use = "the object stays awake only while the guard lives"]
+    pub fn stay_awake(&self) -> Awake {
+        self.0.holds.set(self.0.holds.get() + 1);
+        Awake(Rc::clone(&self.0))
+    }
+
+    pub(crate) fn is_held(&self) -> bool {
+        self.0.holds.get() > 0
     }
 
     pub fn id(&self) -> ObjectId {

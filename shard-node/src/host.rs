@@ -20,10 +20,10 @@ use futures_util::future::LocalBoxFuture;
 use protocol::{ClassName, ErrorCode, ObjectId, ObjectName, Problem, ShardId};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
-use tracing::{debug, warn};
+use tracing::warn;
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
-use crate::class::{Class, ClassError, Context, Turn};
+use crate::class::{Awake, Class, ClassError, Context, Turn};
 use crate::clock::Clock;
 use crate::config::{MailboxConfig, ObjectsConfig};
 use crate::metrics::Metrics;
@@ -120,11 +120,9 @@ impl Host {
         })
     }
 
-    /// Keeps an object in memory until the guard is dropped.
-    pub fn hold(self: &Rc<Self>, id: ObjectId) -> Option<Hold> {
-        let object = Rc::clone(self.objects.borrow().get(&id)?);
-        object.holds.set(object.holds.get() + 1);
-        Some(Hold(object))
+    /// Keeps an object that is in memory there until the guard is dropped.
+    pub fn hold(&self, id: ObjectId) -> Option<Awake> {
+        Some(self.objects.borrow().get(&id)?.context.stay_awake())
     }
 
     /// Applies events for ever.
@@ -475,16 +473,5 @@ impl Drop for Flight {
         if !self.object.broken.get() && !self.object.mailbox.borrow().is_empty() {
             self.host.make_ready(&self.object);
         }
-    }
-}
-
-/// Keeps its object in memory.
-pub struct Hold(Rc<Object>);
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        self.0.holds.set(self.0.holds.get() - 1);
-        self.0.last_used.set(Instant::now());
-        debug!(object = %self.0.id(), "released");
     }
 }

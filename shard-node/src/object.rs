@@ -29,8 +29,6 @@ pub(crate) struct Object {
     pub(crate) queued: Cell<bool>,
     /// Turns that await something, by number, with what stops them.
     pub(crate) flights: RefCell<HashMap<u64, AbortHandle>>,
-    /// Whatever else keeps the object in memory: responses still streaming.
-    pub(crate) holds: Cell<u32>,
     pub(crate) last_used: Cell<Instant>,
     /// Reset: nothing runs in this copy any more.
     pub(crate) broken: Cell<bool>,
@@ -53,7 +51,6 @@ impl Object {
             instance: RefCell::new(None),
             queued: Cell::new(false),
             flights: RefCell::default(),
-            holds: Cell::new(0),
             last_used: Cell::new(Instant::now()),
             broken: Cell::new(false),
         }
@@ -66,7 +63,7 @@ impl Object {
     /// Nothing runs, waits or streams.
     pub(crate) fn is_idle(&self) -> bool {
         self.flights.borrow().is_empty()
-            && self.holds.get() == 0
+            && !self.context.is_held()
             && self.mailbox.borrow().is_empty()
     }
 

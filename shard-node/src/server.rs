@@ -19,9 +19,9 @@ use subtle::ConstantTimeEq;
 use tokio::time::Instant;
 use tracing::debug;
 
-use crate::class::{Args, Body, Class};
+use crate::class::{Args, Awake, Body, Class};
 use crate::classes::Classes;
-use crate::host::{Address, Hold, Host};
+use crate::host::{Address, Host};
 use crate::metrics::{Code, Metrics};
 use crate::object::mailbox::{Event, Reply};
 
@@ -231,9 +231,14 @@ impl Server {
             response.headers_mut().remove(name);
         }
         if response.body().is_stream()
-            && let Some(hold) = self.host.hold(address.id)
+            && let Some(awake) = self.host.hold(address.id)
         {
-            return response.map(|body| Body::stream(Held { body, _hold: hold }));
+            return response.map(|body| {
+                Body::stream(Held {
+                    body,
+                    _awake: awake,
+                })
+            });
         }
         response
     }
@@ -355,7 +360,7 @@ impl Seen {
 /// A body that keeps its object awake until it has been sent.
 struct Held {
     body: Body,
-    _hold: Hold,
+    _awake: Awake,
 }
 
 impl HttpBody for Held {

@@ -201,6 +201,8 @@ pub struct Storage {
     config: Arc<SqlConfig>,
     guard: Arc<Guard>,
     open: RefCell<Option<Open>>,
+    /// The object left memory; another copy of it may have the database open.
+    closed: Cell<bool>,
     segment: Cell<Segment>,
 }
 
@@ -237,6 +239,7 @@ impl Storage {
             engine,
             config,
             open: RefCell::new(None),
+            closed: Cell::new(false),
             segment: Cell::new(Segment::Clean),
         }
     }
@@ -499,8 +502,10 @@ impl Storage {
         self.check(open.connection.execute_batch("ROLLBACK"), 0)
     }
 
-    /// Closes the database, if it is open. An unfinished transaction is rolled back.
+    /// Closes the database, if it is open, for good: whatever of this copy of the object still runs
+    /// gets errors. An unfinished transaction is rolled back.
     pub fn close(&self) {
+        self.closed.set(true);
         let Some(open) = self.open.borrow_mut().take() else {
             return;
         };
@@ -536,6 +541,12 @@ impl Storage {
 
     /// The connection; opened on first use.
     fn open(&self) -> Result<RefMut<'_, Open>, StorageError> {
+        if self.closed.get() {
+            return Err(StorageError::Broken {
+                object: self.identity.id,
+                message: "this copy of the object has left memory".to_owned(),
+            });
+        }
         let mut slot = self.open.borrow_mut();
         if slot.is_none() {
             *slot = Some(self.connect()?);

@@ -70,6 +70,61 @@ fn one_object_is_one_instance_from_every_gateway() {
     );
 }
 
+#[test]
+fn a_gateway_that_dies_takes_only_what_was_in_flight() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Process::start(
+        dormouse()
+            .args([
+                "node",
+                "--workers",
+                "1",
+                "--listen",
+                "127.0.0.1:0",
+                "--admin-listen",
+                "127.0.0.1:0",
+                "--data-dir",
+            ])
+            .arg(dir.path()),
+    );
+    let (dying, staying) = (gateway(&node, &[]), gateway(&node, &[]));
+    let count = |url: String| {
+        let agent = agent();
+        let mut acknowledged = 0;
+        for _ in 0..300 {
+            match request(
+                &agent,
+                "POST",
+                &format!("{url}/rpc/Counter/a/increment"),
+                "",
+            ) {
+                Ok((200, _)) => acknowledged += 1,
+                _ => return acknowledged,
+            }
+        }
+        acknowledged
+    };
+    let (before, after) = thread::scope(|scope| {
+        let urls = (dying.url.clone(), staying.url.clone());
+        let first = scope.spawn(move || count(urls.0));
+        let second = scope.spawn(move || count(urls.1));
+        while call(&staying.url, "Counter/a/value", &json!([]))
+            .as_i64()
+            .unwrap()
+            < 50
+        {}
+        dying.kill();
+        (first.join().unwrap(), second.join().unwrap())
+    });
+    assert_eq!(after, 300, "the other gateway is not concerned");
+    let total = call(&staying.url, "Counter/a/value", &json!([]))
+        .as_i64()
+        .unwrap();
+    // The one call that was in flight may or may not have been applied.
+    let possible = before + after..=before + after + 1;
+    assert!(possible.contains(&total), "{total} is not in {possible:?}");
+}
+
 fn gateway(node: &Process, more: &[&str]) -> Process {
     let worker = node.url.trim_start_matches("http://");
     Process::start(

@@ -99,7 +99,9 @@ impl Instance for ProbeInstance {
             // Speaks its own protocol after 101: every byte comes back, upper-cased.
             "/upgrade" => {
                 let upgraded = hyper::upgrade::on(&mut request);
+                let awake = self.context.stay_awake();
                 tokio::task::spawn_local(async move {
+                    let _awake = awake;
                     let mut stream = TokioIo::new(upgraded.await.unwrap());
                     let mut byte = [0];
                     while stream.read(&mut byte).await.is_ok_and(|read| read == 1) {

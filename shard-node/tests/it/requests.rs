@@ -226,7 +226,8 @@ fn names_and_ids_are_known_inside() {
 
 #[test]
 fn an_upgraded_connection_belongs_to_the_object() {
-    let node = TestNode::start();
+    let node = TestNode::with(|config| config.objects.idle_after = Duration::from_millis(20));
+    let before = node.result("Probe", "a", "instance", json!([]));
     let id = node.id("Probe", "a");
     let mut stream = TcpStream::connect(node.owner(id)).unwrap();
     write!(stream, "GET /upgrade HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: shout\r\ndormouse-class: Probe\r\ndormouse-object: {id}\r\ndormouse-epoch: 1\r\n\r\n").unwrap();
@@ -245,6 +246,47 @@ fn an_upgraded_connection_belongs_to_the_object() {
     let mut shouted = [0; 8];
     stream.read_exact(&mut shouted).unwrap();
     assert_eq!(&shouted, b"DORMOUSE");
+    // Objects around it come and go; this one stays while its connection is open.
+    for other in 0..5 {
+        node.result("Probe", &format!("other{other}"), "wait", json!([30]));
+    }
+    assert_eq!(node.result("Probe", "a", "instance", json!([])), before);
+    drop(stream);
+    crate::support::eventually("all sleep", || {
+        node.metric("shard_objects_awake{class=\"Probe\"}") == 0.0
+    });
+}
+
+#[test]
+fn an_object_streams_more_than_it_could_hold() {
+    const BYTES: u64 = 100 << 20;
+    let node = TestNode::with(|config| config.objects.idle_after = Duration::from_millis(50));
+    let id = node.id("Probe", "a");
+    let mut client = TcpStream::connect(node.owner(id)).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_secs(30)))
+        .unwrap();
+    let mut sending = client.try_clone().unwrap();
+    let before = node.result("Probe", "a", "instance", json!([]));
+    // Both directions at once: whoever sends all before reading would wait for ever.
+    let sender = thread::spawn(move || {
+        write!(sending, "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: {BYTES}\r\ndormouse-class: Probe\r\ndormouse-object: {id}\r\ndormouse-epoch: 1\r\n\r\n").unwrap();
+        std::io::copy(&mut std::io::repeat(7).take(BYTES), &mut sending).unwrap();
+    });
+    let mut buffer = vec![0; 1 << 16];
+    let (mut sevens, mut checked) = (0, false);
+    while sevens < BYTES {
+        let read = client.read(&mut buffer).unwrap();
+        assert!(read > 0, "the connection closed after {sevens} bytes");
+        // The rest is the head and the framing of chunks.
+        sevens += buffer[..read].iter().filter(|&&byte| byte == 7).count() as u64;
+        if !checked && sevens > BYTES / 2 {
+            let meanwhile = node.result("Probe", "a", "instance", json!([]));
+            assert_eq!(meanwhile, before, "it stays awake while it streams");
+            checked = true;
+        }
+    }
+    sender.join().unwrap();
 }
 
 #[test]
