@@ -9,8 +9,8 @@ use clap::Parser;
 use gateway::config::Config as GatewayConfig;
 use gateway::server::{Gateway, GatewayAdmin, RingFrom};
 use ops::admin::{self, Admin, Page};
+use ops::args::LogArgs;
 use ops::config::ConfigError;
-use ops::logs::LogFormat;
 use ops::process::{self, Order, Signals};
 use rand::Rng;
 use shard_node::classes::Classes;
@@ -60,12 +60,8 @@ pub(crate) struct Args {
     /// Validate the configuration and exit
     #[arg(long)]
     check: bool,
-    /// How log lines look
-    #[arg(long, env = "DORMOUSE_LOG_FORMAT", value_enum, default_value_t)]
-    log_format: LogFormat,
-    /// Level of the log, or a list of target=level
-    #[arg(long, env = "DORMOUSE_LOG", default_value = "warn")]
-    log: String,
+    #[command(flatten)]
+    log: LogArgs,
 }
 
 impl Args {
@@ -128,15 +124,10 @@ pub(crate) fn main(args: &Args) -> ExitCode {
 fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let (gateway, node) = args.configs()?;
     if args.check {
-        print("the configuration is valid\n");
+        process::print_line("the configuration is valid");
         return Ok(());
     }
-    ops::logs::start(args.log_format, &args.log)?;
-    process::raise_descriptor_limit();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(serve(args, &gateway, &node))
+    process::begin(&args.log, "warn")?.block_on(serve(args, &gateway, &node))
 }
 
 async fn serve(
@@ -162,13 +153,13 @@ async fn serve(
     let token = args.admin_token.as_deref().map(Arc::from);
     let admin = tokio::spawn(admin::serve(admin_listener, token, pages));
     let front = gateway.address();
-    print(&format!(
-        "ready http://{front} admin http://{admin_address}\n"
+    process::print_line(&format!(
+        "ready http://{front} admin http://{admin_address}"
     ));
-    print(&format!(
+    process::print_line(&format!(
         "try:\n  curl -X POST http://{front}/rpc/Counter/visits/increment\n  \
          curl -X PUT http://{front}/objects/Kv/room-1/topic --data 'dormice'\n  \
-         curl http://{front}/objects/Kv/room-1/topic\n"
+         curl http://{front}/objects/Kv/room-1/topic"
     ));
     while signals.next().await == Order::Reload {
         gateway::server::reload(&gateway, args.config.as_ref()).await;
@@ -188,11 +179,4 @@ async fn serve(
     })
     .await?;
     Ok(())
-}
-
-fn print(text: &str) {
-    use std::io::Write;
-    let mut out = std::io::stdout().lock();
-    // A closed stdout is no reason to stop serving.
-    drop(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
 }

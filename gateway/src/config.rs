@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Parser;
-use ops::config::ConfigError;
-use ops::logs::LogFormat;
+use ops::args::{ProcessArgs, overrule};
+use ops::config::{ConfigError, non_empty};
 use protocol::Colo;
 use serde::{Deserialize, Serialize};
 
@@ -241,26 +241,12 @@ impl Config {
     }
 }
 
-pub(crate) fn non_empty(text: &str) -> Option<&str> {
-    (!text.is_empty()).then_some(text)
-}
-
 /// The stateless edge of Dormouse: routes requests to objects and to app upstreams.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "gateway", version)]
 pub struct Args {
-    /// Configuration file (TOML); without it every key has its default
-    #[arg(long, env = "DORMOUSE_CONFIG", value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// Address that clients connect to
-    #[arg(long, env = "DORMOUSE_LISTEN", value_name = "HOST:PORT")]
-    pub listen: Option<String>,
-    /// Address of metrics and health
-    #[arg(long, env = "DORMOUSE_ADMIN_LISTEN", value_name = "HOST:PORT")]
-    pub admin_listen: Option<String>,
-    /// Label of the site, as in SFO
-    #[arg(long, env = "DORMOUSE_COLO")]
-    pub colo: Option<String>,
+    #[command(flatten)]
+    pub process: ProcessArgs,
     /// Threads that serve connections; 0 is one per core
     #[arg(long, env = "DORMOUSE_THREADS")]
     pub threads: Option<u16>,
@@ -272,52 +258,28 @@ pub struct Args {
         value_delimiter = ','
     )]
     pub nodes: Vec<String>,
-    /// The cluster's shared secret
-    #[arg(long, env = "DORMOUSE_TOKEN", hide_env_values = true)]
-    pub token: Option<String>,
-    /// Bearer token of the admin listener
-    #[arg(long, env = "DORMOUSE_ADMIN_TOKEN", hide_env_values = true)]
-    pub admin_token: Option<String>,
-    /// Accepted for symmetry with the other commands; a gateway keeps no data
-    #[arg(long, env = "DORMOUSE_DATA_DIR", value_name = "DIR", hide = true)]
-    pub data_dir: Option<PathBuf>,
-    /// Validate the configuration and exit
-    #[arg(long)]
-    pub check: bool,
-    /// How log lines look
-    #[arg(long, env = "DORMOUSE_LOG_FORMAT", value_enum, default_value_t)]
-    pub log_format: LogFormat,
-    /// Level of the log, or a list of target=level
-    #[arg(long, env = "DORMOUSE_LOG", default_value = "info")]
-    pub log: String,
 }
 
 impl Args {
     /// The file, overruled by flags and environment, validated.
     pub fn load(&self) -> Result<Config, ConfigError> {
-        let mut config: Config = self
+        let given = self.process.clone();
+        let mut config: Config = given
             .config
             .as_deref()
             .map(read)
             .transpose()?
             .unwrap_or_default();
-        let Self {
-            listen,
-            admin_listen,
-            colo,
-            threads,
-            nodes,
-            token,
-            admin_token,
-            ..
-        } = self.clone();
-        set(&mut config.listen, listen);
-        set(&mut config.admin_listen, admin_listen);
-        set(&mut config.colo, colo);
-        set(&mut config.threads, threads);
-        set(&mut config.nodes, (!nodes.is_empty()).then_some(nodes));
-        set(&mut config.token, token);
-        set(&mut config.admin_token, admin_token);
+        overrule(&mut config.listen, given.listen);
+        overrule(&mut config.admin_listen, given.admin_listen);
+        overrule(&mut config.colo, given.colo);
+        overrule(&mut config.threads, self.threads);
+        overrule(
+            &mut config.nodes,
+            (!self.nodes.is_empty()).then(|| self.nodes.clone()),
+        );
+        overrule(&mut config.token, given.token);
+        overrule(&mut config.admin_token, given.admin_token);
         config.validate()?;
         Ok(config)
     }
@@ -326,12 +288,6 @@ impl Args {
 /// Reads a file without validating it.
 pub fn read(path: &Path) -> Result<Config, ConfigError> {
     ops::config::read(path)
-}
-
-fn set<T>(slot: &mut T, value: Option<T>) {
-    if let Some(value) = value {
-        *slot = value;
-    }
 }
 
 #[cfg(test)]

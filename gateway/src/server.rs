@@ -18,7 +18,7 @@ use http::HeaderValue;
 use metrics_exporter_prometheus::PrometheusHandle;
 use ops::Causes;
 use ops::admin::{self, Admin, Page};
-use ops::config::ConfigError;
+use ops::config::{ConfigError, non_empty};
 use ops::metrics::Registry;
 use ops::process::{self, Order, Signals};
 use pingora_core::apps::{HttpServerApp, ServerApp};
@@ -34,7 +34,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
-use crate::config::{Args, Config, non_empty};
+use crate::config::{Args, Config};
 use crate::metrics::Metrics;
 use crate::placement::{Placement, RingSource};
 use crate::proxy::{Dynamic, Proxy, Shared};
@@ -392,17 +392,13 @@ pub fn main(args: &Args) -> ExitCode {
 
 fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let config = args.load()?;
-    if args.check {
+    if args.process.check {
         token(&config)?;
-        print_line("the configuration is valid");
+        process::print_line("the configuration is valid");
         return Ok(());
     }
-    ops::logs::start(args.log_format, &args.log)?;
-    process::raise_descriptor_limit();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(serve(&config, args.config.clone()))
+    let runtime = process::begin(&args.process.log, "info")?;
+    runtime.block_on(serve(&config, args.process.config.clone()))
 }
 
 async fn serve(config: &Config, file: Option<PathBuf>) -> Result<(), Box<dyn Error + Send + Sync>> {
@@ -419,7 +415,7 @@ async fn serve(config: &Config, file: Option<PathBuf>) -> Result<(), Box<dyn Err
     let token = non_empty(&config.admin_token).map(Arc::from);
     let admin = tokio::spawn(admin::serve(admin_listener, token, pages));
     gateway.settle().await;
-    print_line(&format!(
+    process::print_line(&format!(
         "ready http://{} admin http://{admin_address}",
         gateway.address()
     ));
@@ -450,12 +446,4 @@ pub async fn reload(gateway: &Gateway, file: Option<&PathBuf>) {
         Ok(()) => info!(file = %file.display(), "routes reloaded"),
         Err(error) => warn!(error = %Causes(&error), "reload refused; the routes are unchanged"),
     }
-}
-
-#[expect(
-    clippy::print_stdout,
-    reason = "the ready line is what callers wait for"
-)]
-fn print_line(line: &str) {
-    println!("{line}");
 }

@@ -35,6 +35,11 @@ pub fn read<C: DeserializeOwned>(path: &Path) -> Result<C, ConfigError> {
     })
 }
 
+/// A setting whose empty text means "none".
+pub fn non_empty(text: &str) -> Option<&str> {
+    (!text.is_empty()).then_some(text)
+}
+
 /// Refuses an address that is neither loopback nor protected by `token`.
 ///
 /// `what` names the listener and `remedy` the setting that would protect it.

@@ -2,6 +2,7 @@
 //! signals, and an admin listener with metrics and health.
 
 pub mod admin;
+pub mod args;
 pub mod config;
 pub mod logs;
 pub mod metrics;

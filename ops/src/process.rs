@@ -1,11 +1,13 @@
 //! What a process does with its surroundings: signals, descriptors, exit codes.
 
 use std::error::Error;
+use std::io::Write;
 use std::process::ExitCode;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::args::LogArgs;
 use crate::config::ConfigError;
 use crate::logs::Causes;
 
@@ -55,6 +57,25 @@ pub fn raise_descriptor_limit() -> u64 {
         Ok(()) => limit.maximum.unwrap_or(u64::MAX),
         Err(_) => limit.current.unwrap_or(u64::MAX),
     }
+}
+
+/// What every server process begins with: logs, enough descriptors, and the runtime of its main
+/// thread, which serves the admin listener and waits for signals.
+pub fn begin(
+    log: &LogArgs,
+    level: &str,
+) -> Result<tokio::runtime::Runtime, Box<dyn Error + Send + Sync>> {
+    crate::logs::start(log.log_format, log.log.as_deref().unwrap_or(level))?;
+    raise_descriptor_limit();
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    Ok(builder.enable_all().build()?)
+}
+
+/// Prints a line that callers wait for, such as the ready line.
+pub fn print_line(line: &str) {
+    let mut out = std::io::stdout().lock();
+    // A closed stdout is no reason to stop serving.
+    drop(writeln!(out, "{line}").and_then(|()| out.flush()));
 }
 
 /// Prints why `program` ends, without a backtrace: 2 for usage or configuration, 1 otherwise.

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Parser;
-use ops::config::ConfigError;
-use ops::logs::LogFormat;
+use ops::args::{ProcessArgs, overrule};
+use ops::config::{ConfigError, non_empty};
 use protocol::ring::{RingDocument, RingNode};
 use protocol::{Colo, Ring, RingVersion, limits};
 use serde::{Deserialize, Serialize};
@@ -237,75 +237,34 @@ impl Config {
     }
 }
 
-pub(crate) fn non_empty(text: &str) -> Option<&str> {
-    (!text.is_empty()).then_some(text)
-}
-
 /// Hosts single-threaded SQLite-backed objects behind Dormouse gateways.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "shard-node", version)]
 pub struct Args {
-    /// Configuration file (TOML); without it every key has its default
-    #[arg(long, env = "DORMOUSE_CONFIG", value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// Address of the first worker; the others take the ports that follow
-    #[arg(long, env = "DORMOUSE_LISTEN", value_name = "HOST:PORT")]
-    pub listen: Option<String>,
-    /// Address of metrics and health
-    #[arg(long, env = "DORMOUSE_ADMIN_LISTEN", value_name = "HOST:PORT")]
-    pub admin_listen: Option<String>,
-    /// Label of the site, as in SFO
-    #[arg(long, env = "DORMOUSE_COLO")]
-    pub colo: Option<String>,
-    /// Where the objects' databases are
-    #[arg(long, env = "DORMOUSE_DATA_DIR", value_name = "DIR")]
-    pub data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub process: ProcessArgs,
     /// Threads that host objects; 0 is one per core
     #[arg(long, env = "DORMOUSE_WORKERS")]
     pub workers: Option<u16>,
-    /// The cluster's shared secret
-    #[arg(long, env = "DORMOUSE_TOKEN", hide_env_values = true)]
-    pub token: Option<String>,
-    /// Bearer token of the admin listener
-    #[arg(long, env = "DORMOUSE_ADMIN_TOKEN", hide_env_values = true)]
-    pub admin_token: Option<String>,
-    /// Validate the configuration and exit
-    #[arg(long)]
-    pub check: bool,
-    /// How log lines look
-    #[arg(long, env = "DORMOUSE_LOG_FORMAT", value_enum, default_value_t)]
-    pub log_format: LogFormat,
-    /// Level of the log, or a list of target=level
-    #[arg(long, env = "DORMOUSE_LOG", default_value = "info")]
-    pub log: String,
 }
 
 impl Args {
     /// The file, overruled by flags and environment, validated.
     pub fn load(&self) -> Result<Config, ConfigError> {
-        let mut config: Config = self
+        let given = self.process.clone();
+        let mut config: Config = given
             .config
             .as_deref()
             .map(read)
             .transpose()?
             .unwrap_or_default();
-        let Self {
-            listen,
-            admin_listen,
-            colo,
-            data_dir,
-            workers,
-            token,
-            admin_token,
-            ..
-        } = self.clone();
-        set(&mut config.listen, listen);
-        set(&mut config.admin_listen, admin_listen);
-        set(&mut config.colo, colo);
-        set(&mut config.data_dir, data_dir);
-        set(&mut config.workers, workers);
-        set(&mut config.token, token);
-        set(&mut config.admin_token, admin_token);
+        overrule(&mut config.listen, given.listen);
+        overrule(&mut config.admin_listen, given.admin_listen);
+        overrule(&mut config.colo, given.colo);
+        overrule(&mut config.data_dir, given.data_dir);
+        overrule(&mut config.workers, self.workers);
+        overrule(&mut config.token, given.token);
+        overrule(&mut config.admin_token, given.admin_token);
         config.validate()?;
         Ok(config)
     }
@@ -313,12 +272,6 @@ impl Args {
 
 fn read(path: &Path) -> Result<Config, ConfigError> {
     ops::config::read(path)
-}
-
-fn set<T>(slot: &mut T, value: Option<T>) {
-    if let Some(value) = value {
-        *slot = value;
-    }
 }
 
 #[cfg(test)]

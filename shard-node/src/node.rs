@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use ops::admin::{self, Admin, Page};
-use ops::config::ConfigError;
+use ops::config::{ConfigError, non_empty};
 use ops::metrics::Registry;
 use ops::process::{self, Order, Signals};
 use protocol::Ring;
@@ -19,7 +19,7 @@ use tracing::info;
 
 use crate::classes::Classes;
 use crate::clock::SystemClock;
-use crate::config::{Args, Config, non_empty};
+use crate::config::{Args, Config};
 use crate::data_dir::{DataDir, DataDirError};
 use crate::host::HostConfig;
 use crate::worker::Worker;
@@ -214,16 +214,11 @@ pub fn main(args: &Args) -> ExitCode {
 
 fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let config = args.load()?;
-    if args.check {
-        print_line("the configuration is valid");
+    if args.process.check {
+        process::print_line("the configuration is valid");
         return Ok(());
     }
-    ops::logs::start(args.log_format, &args.log)?;
-    process::raise_descriptor_limit();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(serve(&config))
+    process::begin(&args.process.log, "info")?.block_on(serve(&config))
 }
 
 async fn serve(config: &Config) -> Result<(), Box<dyn Error + Send + Sync>> {
@@ -239,7 +234,7 @@ async fn serve(config: &Config) -> Result<(), Box<dyn Error + Send + Sync>> {
     });
     let token = non_empty(&config.admin_token).map(Arc::from);
     let admin = tokio::spawn(admin::serve(admin_listener, token, pages));
-    print_line(&format!(
+    process::print_line(&format!(
         "ready http://{} admin http://{admin_address}",
         node.addresses()[0]
     ));
@@ -253,12 +248,4 @@ async fn serve(config: &Config) -> Result<(), Box<dyn Error + Send + Sync>> {
     let node = Arc::into_inner(node).ok_or("the admin listener still runs")?;
     tokio::task::spawn_blocking(move || node.shut_down()).await?;
     Ok(())
-}
-
-#[expect(
-    clippy::print_stdout,
-    reason = "the ready line is what callers wait for"
-)]
-fn print_line(line: &str) {
-    println!("{line}");
 }

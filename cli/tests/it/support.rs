@@ -83,12 +83,43 @@ impl Drop for Process {
 
 /// `dormouse dev` on free ports.
 pub(crate) fn dev(data_dir: &Path) -> Command {
+    serving("dev", data_dir, "127.0.0.1:0")
+}
+
+/// `dormouse node` with some workers on free ports.
+pub(crate) fn node(data_dir: &Path, workers: &str) -> Command {
+    node_at(data_dir, workers, "127.0.0.1:0")
+}
+
+pub(crate) fn node_at(data_dir: &Path, workers: &str, listen: &str) -> Command {
+    let mut command = serving("node", data_dir, listen);
+    command.args(["--workers", workers]);
+    command
+}
+
+/// `dormouse gateway` on free ports, before a node.
+pub(crate) fn gateway(node: &Process) -> Command {
+    let mut command = dormouse();
+    let worker = node.url.trim_start_matches("http://");
+    command.args([
+        "gateway",
+        "--listen",
+        "127.0.0.1:0",
+        "--admin-listen",
+        "127.0.0.1:0",
+        "--nodes",
+        worker,
+    ]);
+    command
+}
+
+fn serving(name: &str, data_dir: &Path, listen: &str) -> Command {
     let mut command = dormouse();
     command
         .args([
-            "dev",
+            name,
             "--listen",
-            "127.0.0.1:0",
+            listen,
             "--admin-listen",
             "127.0.0.1:0",
             "--data-dir",

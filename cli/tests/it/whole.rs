@@ -7,7 +7,7 @@ use std::thread;
 
 use serde_json::{Value, json};
 
-use crate::support::{Process, agent, call, dormouse, request};
+use crate::support::{Process, agent, call, dev, dormouse, gateway, node, node_at, request};
 
 #[test]
 fn a_thousand_concurrent_increments_end_at_exactly_a_thousand() {
@@ -40,21 +40,10 @@ fn a_thousand_concurrent_increments_end_at_exactly_a_thousand() {
 #[test]
 fn one_object_is_one_instance_from_every_gateway() {
     let dir = tempfile::tempdir().unwrap();
-    let node = Process::start(
-        dormouse()
-            .args([
-                "node",
-                "--workers",
-                "2",
-                "--listen",
-                "127.0.0.1:0",
-                "--admin-listen",
-                "127.0.0.1:0",
-                "--data-dir",
-            ])
-            .arg(dir.path()),
-    );
-    let gateways: Vec<Process> = (0..8).map(|_| gateway(&node, &[])).collect();
+    let node = Process::start(&mut node(dir.path(), "2"));
+    let gateways: Vec<Process> = (0..8)
+        .map(|_| Process::start(&mut gateway(&node)))
+        .collect();
     thread::scope(|scope| {
         for gateway in &gateways {
             scope.spawn(|| {
@@ -73,21 +62,11 @@ fn one_object_is_one_instance_from_every_gateway() {
 #[test]
 fn a_gateway_that_dies_takes_only_what_was_in_flight() {
     let dir = tempfile::tempdir().unwrap();
-    let node = Process::start(
-        dormouse()
-            .args([
-                "node",
-                "--workers",
-                "1",
-                "--listen",
-                "127.0.0.1:0",
-                "--admin-listen",
-                "127.0.0.1:0",
-                "--data-dir",
-            ])
-            .arg(dir.path()),
+    let node = Process::start(&mut node(dir.path(), "1"));
+    let (dying, staying) = (
+        Process::start(&mut gateway(&node)),
+        Process::start(&mut gateway(&node)),
     );
-    let (dying, staying) = (gateway(&node, &[]), gateway(&node, &[]));
     let count = |url: String| {
         let agent = agent();
         let mut acknowledged = 0;
@@ -125,45 +104,13 @@ fn a_gateway_that_dies_takes_only_what_was_in_flight() {
     assert!(possible.contains(&total), "{total} is not in {possible:?}");
 }
 
-fn gateway(node: &Process, more: &[&str]) -> Process {
-    let worker = node.url.trim_start_matches("http://");
-    Process::start(
-        dormouse()
-            .args([
-                "gateway",
-                "--listen",
-                "127.0.0.1:0",
-                "--admin-listen",
-                "127.0.0.1:0",
-                "--nodes",
-                worker,
-            ])
-            .args(more),
-    )
-}
-
 #[test]
 fn a_gateway_learns_of_a_node_that_comes_back_elsewhere() {
     let dir = tempfile::tempdir().unwrap();
-    let start = |listen: &str| {
-        Process::start(
-            dormouse()
-                .args([
-                    "node",
-                    "--workers",
-                    "1",
-                    "--listen",
-                    listen,
-                    "--admin-listen",
-                    "127.0.0.1:0",
-                    "--data-dir",
-                ])
-                .arg(dir.path()),
-        )
-    };
+    let start = |listen: &str| Process::start(&mut node_at(dir.path(), "1", listen));
     let node = start("127.0.0.1:0");
     let listen = node.url.trim_start_matches("http://").to_owned();
-    let gateway = gateway(&node, &[]);
+    let gateway = Process::start(&mut gateway(&node));
     assert_eq!(call(&gateway.url, "Counter/a/increment", &json!([])), 1);
     node.kill();
     let (status, body) = request(
@@ -187,24 +134,10 @@ fn a_gateway_learns_of_a_node_that_comes_back_elsewhere() {
 #[test]
 fn without_the_token_a_gateway_gets_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let node = Process::start(
-        dormouse()
-            .env("DORMOUSE_TOKEN", "secret")
-            .args([
-                "node",
-                "--workers",
-                "1",
-                "--listen",
-                "127.0.0.1:0",
-                "--admin-listen",
-                "127.0.0.1:0",
-                "--data-dir",
-            ])
-            .arg(dir.path()),
-    );
-    let right = gateway(&node, &["--token", "secret"]);
+    let node = Process::start(node(dir.path(), "1").env("DORMOUSE_TOKEN", "secret"));
+    let right = Process::start(gateway(&node).args(["--token", "secret"]));
     assert_eq!(call(&right.url, "Counter/a/increment", &json!([])), 1);
-    let wrong = gateway(&node, &["--token", "wrong"]);
+    let wrong = Process::start(gateway(&node).args(["--token", "wrong"]));
     let (status, _) = request(
         &agent(),
         "POST",
@@ -224,37 +157,14 @@ fn without_the_token_a_gateway_gets_nothing() {
 fn one_trace_spans_client_gateway_and_worker() {
     let dir = tempfile::tempdir().unwrap();
     let debug = ["--log", "debug", "--log-format", "json"];
-    let mut node_command = dormouse();
-    node_command
-        .args([
-            "node",
-            "--workers",
-            "1",
-            "--listen",
-            "127.0.0.1:0",
-            "--admin-listen",
-            "127.0.0.1:0",
-            "--data-dir",
-        ])
-        .arg(dir.path())
-        .args(debug);
+    let mut node_command = node(dir.path(), "1");
+    node_command.args(debug);
     let (node_log, node_stderr) = std::io::pipe().unwrap();
     let node = Process::start(node_command.stderr(node_stderr));
     drop(node_command);
     let (gateway_log, gateway_stderr) = std::io::pipe().unwrap();
-    let mut gateway_command = dormouse();
-    gateway_command
-        .args([
-            "gateway",
-            "--listen",
-            "127.0.0.1:0",
-            "--admin-listen",
-            "127.0.0.1:0",
-            "--nodes",
-            node.url.trim_start_matches("http://"),
-        ])
-        .args(debug)
-        .stderr(gateway_stderr);
+    let mut gateway_command = gateway(&node);
+    gateway_command.args(debug).stderr(gateway_stderr);
     let gateway = Process::start(&mut gateway_command);
     drop(gateway_command);
     let trace = "0af7651916cd43dd8448eb211c80319c";
@@ -351,8 +261,7 @@ fn drawn() -> Vec<String> {
 #[test]
 fn an_admin_token_guards_all_but_health() {
     let dir = tempfile::tempdir().unwrap();
-    let process =
-        Process::start(crate::support::dev(dir.path()).env("DORMOUSE_ADMIN_TOKEN", "secret"));
+    let process = Process::start(dev(dir.path()).env("DORMOUSE_ADMIN_TOKEN", "secret"));
     let status = |path: &str, token: &str| {
         let mut request = agent().get(format!("{}{path}", process.admin));
         if !token.is_empty() {
@@ -388,7 +297,7 @@ fn hanging_up_reloads_routes_and_a_bad_file_changes_nothing() {
     });
     std::fs::write(&file, "").unwrap();
     let process = Process::start(
-        crate::support::dev(&dir.path().join("data"))
+        dev(&dir.path().join("data"))
             .arg("--config")
             .arg(&file)
             .stderr(Stdio::null()),
