@@ -1,7 +1,7 @@
 //! `gateway.toml` as types, the command line, and what both must obey together.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Parser;
@@ -292,6 +292,8 @@ pub fn read(path: &Path) -> Result<Config, ConfigError> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     fn file(name: &str) -> PathBuf {

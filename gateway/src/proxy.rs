@@ -15,7 +15,7 @@ use pingora_core::{Error, ErrorSource, ErrorType, OrErr, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use protocol::trace::TraceParent;
-use protocol::{Colo, ErrorCode, Problem, headers, problem};
+use protocol::{Colo, ErrorCode, Problem, headers, limits, problem};
 use rand::Rng;
 use tokio::time::Instant;
 use tracing::debug;
@@ -31,8 +31,7 @@ const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
-/// Most bytes, and longest time, that an unwanted body is received for.
-const REST_BYTES_MAX: usize = 16 << 20;
+/// How long an unwanted body is received for.
 const REST_TIME_MAX: Duration = Duration::from_secs(10);
 
 const NOT_OWNER: ErrorType = ErrorType::Custom("not_owner");
@@ -124,6 +123,17 @@ impl Proxy {
         };
         match route::decide(&dynamic.routes, asked, || rand::rng().random())? {
             Target::Object(target) => {
+                let call = matches!(target.ask, Ask::Call { .. });
+                if call && announced.is_some_and(|bytes| bytes > limits::RPC_BODY_BYTES_MAX as u64)
+                {
+                    return Err(Problem::new(
+                        ErrorCode::PayloadTooLarge,
+                        format!(
+                            "the arguments of a call are larger than {} bytes",
+                            limits::RPC_BODY_BYTES_MAX
+                        ),
+                    ));
+                }
                 let label = RouteLabel::Contract(target.label());
                 let aim = Aim::Object {
                     target,
@@ -148,8 +158,28 @@ impl Proxy {
         )
     }
 
+    /// The problem of a request that did not arrive as it should.
+    fn client_fault(&self, error: &Error) -> Problem {
+        match error.etype() {
+            ErrorType::ReadTimedout | ErrorType::WriteTimedout => Problem::new(
+                ErrorCode::TimedOut,
+                "the client stopped sending its request; whatever it asked for did not get all of it",
+            ),
+            kind => Problem::bad_request(format!(
+                "the request is not valid HTTP: {}",
+                error
+                    .context
+                    .as_ref()
+                    .map_or(kind.as_str(), |context| context.as_str())
+            )),
+        }
+    }
+
     /// The problem that a client is told when pingora gave up.
     fn problem(&self, error: &Error, request: &Request, method: &Method) -> Problem {
+        if *error.esource() == ErrorSource::Downstream && *error.etype() != BODY_TOO_LARGE {
+            return self.client_fault(error);
+        }
         let nothing_ran = matches!(request.failure, Some(Failure::NotSent | Failure::NotOwner));
         let harmless = nothing_ran || method.is_safe();
         let unavailable = |detail: String| match harmless {
@@ -238,6 +268,8 @@ impl ProxyHttp for Proxy {
     }
 
     async fn request_filter(&self, session: &mut Session, request: &mut Request) -> Result<bool> {
+        // A client may send its next request before the answer (RFC 9112, 9.3.2).
+        session.downstream_session.set_pipelining_enabled(true);
         let given = session
             .req_header()
             .headers
@@ -401,7 +433,11 @@ impl ProxyHttp for Proxy {
         error: &Error,
         request: &mut Request,
     ) -> FailToProxy {
-        let gone = *error.esource() == ErrorSource::Downstream && *error.etype() != BODY_TOO_LARGE;
+        let broken = matches!(
+            error.etype(),
+            ErrorType::ReadError | ErrorType::WriteError | ErrorType::ConnectionClosed
+        );
+        let gone = broken && *error.esource() == ErrorSource::Downstream;
         let mut code = 0;
         if !gone && session.response_written().is_none() {
             let problem = self.problem(error, request, &session.req_header().method);
@@ -533,14 +569,11 @@ fn forwarded(session: &Session, head: &mut RequestHeader) -> Result<()> {
         .and_then(|address| address.as_inet())
         .map(|address| address.ip().to_string());
     if let Some(client) = client {
-        let chain = match head
-            .headers
-            .get(FORWARDED_FOR)
-            .and_then(|chain| chain.to_str().ok())
-        {
-            Some(chain) => format!("{chain}, {client}"),
-            None => client,
-        };
+        // One chain, however many lines it came in.
+        let known = head.headers.get_all(FORWARDED_FOR).iter();
+        let known = known.filter_map(|line| line.to_str().ok());
+        let chain: Vec<&str> = known.chain([client.as_str()]).collect();
+        let chain = chain.join(", ");
         head.insert_header(FORWARDED_FOR, chain)?;
     }
     if let Some(host) = head.headers.get(HOST).cloned() {
@@ -549,22 +582,15 @@ fn forwarded(session: &Session, head: &mut RequestHeader) -> Result<()> {
     head.insert_header(FORWARDED_PROTO, "http")
 }
 
-/// Receives and forgets a body that nobody wants, within bounds. If the connection were closed under the
+/// Receives and forgets a body that nobody wants, for a while. If the connection were closed under the
 /// bytes that still come, most clients would see a broken connection instead of their refusal.
 async fn receive_rest(session: &mut Session) {
     // Who asks first will see the refusal first, and then sends no body.
     if session.req_header().headers.contains_key(EXPECT) {
         return;
     }
-    let receive = async {
-        let mut left = REST_BYTES_MAX;
-        while let Ok(Some(bytes)) = session.downstream_session.read_request_body().await {
-            match left.checked_sub(bytes.len()) {
-                Some(rest) => left = rest,
-                None => break,
-            }
-        }
-    };
+    let receive =
+        async { while let Ok(Some(_)) = session.downstream_session.read_request_body().await {} };
     // The bound on time is as good an end as the end of the body.
     drop(tokio::time::timeout(REST_TIME_MAX, receive).await);
 }

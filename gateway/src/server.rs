@@ -290,15 +290,21 @@ impl Thread {
         };
         let told = self.stop.clone();
         let mut connections = JoinSet::new();
+        // One line per bout of failures, not one per try.
+        let mut failing = false;
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, peer)) => {
+                        failing = false;
                         let served = connection(stream, peer, Arc::clone(&proxy), told.clone(), Arc::clone(&self.shared));
                         connections.spawn(served);
                     }
                     Err(error) => {
-                        warn!(error = %Causes(&error), "accept failed");
+                        if !failing {
+                            warn!(error = %Causes(&error), "accept failed; trying on");
+                        }
+                        failing = true;
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },

@@ -11,6 +11,7 @@
 use std::cell::Cell;
 use std::future::Future;
 use std::ops::RangeInclusive;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use protocol::{ClassName, ErrorCode, ObjectId, ObjectName, Problem};
 pub use serde_json::Value as Json;
 
 use crate::clock::Clock;
+use crate::object::drop_class_code;
 use crate::storage::{KvError, Storage, StorageError};
 
 /// The code of a class of objects. One value per node, shared by all workers.
@@ -271,7 +273,7 @@ impl Args {
 }
 
 /// Shortens a value for an error message.
-fn clip(text: &str) -> String {
+pub(crate) fn clip(text: &str) -> String {
     match text.char_indices().nth(60) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text.to_owned(),
@@ -324,9 +326,60 @@ impl Body {
         }
     }
 
-    /// Whether there is more to come after the response's head has left.
-    pub(crate) fn is_stream(&self) -> bool {
-        !matches!(self.0, Kind::Bytes(_))
+    /// The same body, keeping its object awake until it has been sent. Bytes at hand need no object.
+    pub(crate) fn held(self, awake: Awake) -> Self {
+        match self.0 {
+            Kind::Bytes(_) => self,
+            Kind::Incoming(_) | Kind::Stream(_) => Self(Kind::Stream(Box::pin(Held {
+                body: Some(self),
+                _awake: awake,
+            }))),
+        }
+    }
+}
+
+/// A body that keeps its object awake. It runs class code while it is sent: a panic there ends the
+/// body, and with it the response, but nothing else.
+struct Held {
+    body: Option<Body>,
+    _awake: Awake,
+}
+
+impl HttpBody for Held {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let Some(body) = self.body.as_mut() else {
+            return Poll::Ready(None);
+        };
+        match catch_unwind(AssertUnwindSafe(|| Pin::new(body).poll_frame(cx))) {
+            Ok(polled) => polled,
+            Err(_) => {
+                drop_class_code(self.body.take());
+                Poll::Ready(Some(Err("class code panicked in a response body".into())))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(HttpBody::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body
+            .as_ref()
+            .map(HttpBody::size_hint)
+            .unwrap_or_default()
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        drop_class_code(self.body.take());
     }
 }
 
@@ -358,11 +411,10 @@ impl From<Incoming> for Body {
 ///
 /// Whoever is refused before sending all of it should still read the refusal. If the connection were
 /// closed under the bytes that still come, most clients would see a broken connection instead; so
-/// what is dropped half read is received and forgotten, within bounds (as nginx's lingering close).
+/// what is dropped half read is received and forgotten for a while (nginx calls it lingering close).
 struct Receiving(Option<Incoming>);
 
-/// Most bytes, and longest time, that an unwanted rest is received for.
-const REST_BYTES_MAX: usize = 16 << 20;
+/// How long an unwanted rest is received for.
 const REST_TIME_MAX: Duration = Duration::from_secs(10);
 
 impl Receiving {
@@ -394,11 +446,10 @@ impl HttpBody for Receiving {
 
 impl Drop for Receiving {
     fn drop(&mut self) {
-        let Some(incoming) = self.0.take().filter(|incoming| !incoming.is_end_stream()) else {
+        let Some(mut rest) = self.0.take().filter(|incoming| !incoming.is_end_stream()) else {
             return;
         };
         tokio::task::spawn_local(tokio::time::timeout(REST_TIME_MAX, async move {
-            let mut rest = http_body_util::Limited::new(incoming, REST_BYTES_MAX);
             while let Some(Ok(_)) = rest.frame().await {}
         }));
     }

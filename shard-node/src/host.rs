@@ -12,9 +12,10 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::task::{self, Poll, Waker};
+use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
 use protocol::{ClassName, ErrorCode, ObjectId, ObjectName, Problem, ShardId};
@@ -23,20 +24,23 @@ use tokio::time::Instant;
 use tracing::warn;
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
-use crate::class::{Awake, Class, ClassError, Context, Turn};
+use crate::class::{Class, ClassError, Context, Turn};
 use crate::clock::Clock;
 use crate::config::{MailboxConfig, ObjectsConfig};
 use crate::metrics::Metrics;
 use crate::object::mailbox::{Answer, Event, Letter, Mailbox, Reply};
-use crate::object::{Failure, Object};
+use crate::object::{Failure, Object, drop_class_code};
 use crate::storage::{Engine, Identity, SqlConfig, Storage};
 use crate::worker::or_abort;
 
-/// Turns of one object before the next object has its turn.
+/// Turns of one object before the next object has its turn, and the time after which it has it anyway.
 const TURNS_IN_A_ROW: usize = 64;
+const TIME_IN_A_ROW: Duration = Duration::from_millis(1);
 
-/// Idle objects looked at for every one that must leave.
-const EVICTION_TRIES: usize = 64;
+/// When one object must leave memory: objects that were used lately and get a second chance, and busy
+/// ones looked at before giving up.
+const SECOND_CHANCES: usize = 16;
+const BUSY_TRIES: usize = 1024;
 
 /// What a host needs to know.
 #[derive(Clone)]
@@ -65,7 +69,7 @@ pub struct Host {
     ready: RefCell<VecDeque<Rc<Object>>>,
     work: Notify,
     /// Every object once, roughly by last use, with the use that was known when it was queued.
-    by_use: RefCell<VecDeque<(Instant, Rc<Object>)>>,
+    by_use: RefCell<VecDeque<(Instant, Weak<Object>)>>,
     waiting: Cell<usize>,
     flights: Cell<u64>,
 }
@@ -120,28 +124,25 @@ impl Host {
         })
     }
 
-    /// Keeps an object that is in memory there until the guard is dropped.
-    pub fn hold(&self, id: ObjectId) -> Option<Awake> {
-        Some(self.objects.borrow().get(&id)?.context.stay_awake())
-    }
-
-    /// Applies events for ever.
+    /// Applies events for ever. Objects take turns, and after each share of time connections may read
+    /// what arrived and write what was answered.
     pub async fn run(self: Rc<Self>) {
         loop {
-            let batch = self.ready.borrow().len();
-            if batch == 0 {
-                self.work.notified().await;
-                continue;
-            }
-            for _ in 0..batch {
-                let Some(object) = self.ready.borrow_mut().pop_front() else {
-                    break;
-                };
+            let mut begun = Instant::now();
+            while let Some(object) = self.next_ready() {
                 self.run_object(&object);
+                drop(object);
+                if begun.elapsed() >= TIME_IN_A_ROW {
+                    tokio::task::yield_now().await;
+                    begun = Instant::now();
+                }
             }
-            // Let connections read what arrived meanwhile and write what was answered.
-            tokio::task::yield_now().await;
+            self.work.notified().await;
         }
+    }
+
+    fn next_ready(&self) -> Option<Rc<Object>> {
+        self.ready.borrow_mut().pop_front()
     }
 
     /// Once per period: evicts objects that were idle for long enough, answers requests that waited
@@ -155,14 +156,14 @@ impl Host {
                 self.answer_overdue(&object, now);
             }
         }
-        // Every entry is looked at most once, even if nothing leaves.
+        // Every entry is looked at once at the most, even if nothing leaves.
         let entries = self.by_use.borrow().len();
         for _ in 0..entries {
             match self.by_use.borrow().front() {
                 Some((used, _)) if now.duration_since(*used) >= self.config.objects.idle_after => {}
                 _ => break,
             }
-            self.evict_or_requeue(now);
+            self.look_at_oldest(now, false);
         }
     }
 
@@ -224,48 +225,58 @@ impl Host {
             .insert(object.id(), Rc::clone(object));
         self.by_use
             .borrow_mut()
-            .push_back((object.last_used.get(), Rc::clone(object)));
+            .push_back((object.last_used.get(), Rc::downgrade(object)));
     }
 
     /// Evicts until one more object fits.
     fn make_room(&self) -> Result<(), Problem> {
         let max = self.config.objects.awake_max.get() as usize;
-        let mut tries = EVICTION_TRIES;
+        let (mut chances, mut busy) = (SECOND_CHANCES, BUSY_TRIES);
         while self.objects.borrow().len() >= max {
-            if tries == 0 {
-                return Err(Problem::new(
-                    ErrorCode::Overloaded,
-                    format!("{max} objects are awake on this worker, and all seem busy"),
-                ));
+            match self.look_at_oldest(Instant::now(), chances == 0) {
+                Look::Left => {}
+                Look::UsedSince => chances -= 1,
+                Look::Busy if busy > 0 => busy -= 1,
+                Look::Busy => {
+                    return Err(Problem::new(
+                        ErrorCode::Overloaded,
+                        format!("{max} objects are awake on this worker, and all seem busy"),
+                    ));
+                }
             }
-            tries -= 1;
-            self.evict_or_requeue(Instant::now());
         }
         Ok(())
     }
 
-    /// Takes the entry that looks least recently used: evicts its object if it is idle and was not
-    /// used since, else queues it again.
-    fn evict_or_requeue(&self, now: Instant) {
+    /// Takes the entry that looks least recently used. Its object leaves memory if it is idle and was
+    /// not used since it was queued, or `whatever` its last use; else it is queued again.
+    fn look_at_oldest(&self, now: Instant, whatever: bool) -> Look {
         let Some((used, object)) = self.by_use.borrow_mut().pop_front() else {
-            return;
+            return Look::Busy;
         };
-        if object.broken.get() {
-            return;
-        }
-        let idle = object.is_idle();
-        if idle && object.last_used.get() == used {
-            self.objects.borrow_mut().remove(&object.id());
-            self.metrics.evictions.increment(1);
-            self.metrics.awake(object.class.name()).decrement(1);
-            object.break_up();
-            return;
-        }
-        let used = if idle { object.last_used.get() } else { now };
-        if !idle {
+        let Some(object) = object.upgrade().filter(|object| !object.broken.get()) else {
+            return Look::Left;
+        };
+        let (look, used) = if !object.is_idle() {
             object.last_used.set(now);
-        }
-        self.by_use.borrow_mut().push_back((used, object));
+            (Look::Busy, now)
+        } else if whatever || object.last_used.get() == used {
+            self.evict(&object);
+            return Look::Left;
+        } else {
+            (Look::UsedSince, object.last_used.get())
+        };
+        self.by_use
+            .borrow_mut()
+            .push_back((used, Rc::downgrade(&object)));
+        look
+    }
+
+    fn evict(&self, object: &Object) {
+        self.objects.borrow_mut().remove(&object.id());
+        self.metrics.evictions.increment(1);
+        self.metrics.awake(object.class.name()).decrement(1);
+        object.break_up();
     }
 
     fn make_ready(&self, object: &Rc<Object>) {
@@ -277,7 +288,8 @@ impl Host {
 
     fn run_object(self: &Rc<Self>, object: &Rc<Object>) {
         object.queued.set(false);
-        let now = Instant::now();
+        let begun = Instant::now();
+        let mut now = begun;
         for _ in 0..TURNS_IN_A_ROW {
             if object.broken.get() {
                 return;
@@ -298,9 +310,13 @@ impl Host {
             let waited = now.saturating_duration_since(letter.arrived);
             self.metrics.mailbox_wait.record(waited.as_secs_f64());
             self.start_turn(object, letter);
+            now = Instant::now();
+            if now.duration_since(begun) >= TIME_IN_A_ROW {
+                break;
+            }
         }
         object.last_used.set(now);
-        if !object.mailbox.borrow().is_empty() {
+        if !object.broken.get() && !object.mailbox.borrow().is_empty() {
             self.make_ready(object);
         }
     }
@@ -368,6 +384,11 @@ impl Host {
         reply: oneshot::Sender<Answer>,
     ) {
         let answer = match result {
+            Ok(Reply::Response(response)) => {
+                // From here on only the body keeps the object awake.
+                let awake = object.context.stay_awake();
+                Ok(Reply::Response(response.map(|body| body.held(awake))))
+            }
             Ok(value) => Ok(value),
             Err(Failure::Refused(problem)) => Err(problem),
             Err(Failure::Reset(problem)) => {
@@ -405,6 +426,15 @@ impl Host {
         self.insert(&fresh);
         self.make_ready(&fresh);
     }
+}
+
+/// What became of the entry that looked least recently used.
+enum Look {
+    /// Its object is no longer in memory.
+    Left,
+    /// Its object is idle, but was used after the entry was queued.
+    UsedSince,
+    Busy,
 }
 
 /// Hands an event to the instance.
@@ -468,6 +498,8 @@ impl Future for Flight {
 
 impl Drop for Flight {
     fn drop(&mut self) {
+        let turn = std::mem::replace(&mut self.turn, Box::pin(std::future::pending()));
+        drop_class_code(turn);
         self.object.flights.borrow_mut().remove(&self.number);
         self.object.last_used.set(Instant::now());
         if !self.object.broken.get() && !self.object.mailbox.borrow().is_empty() {

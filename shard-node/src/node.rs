@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::num::NonZeroU32;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -15,11 +16,11 @@ use ops::metrics::Registry;
 use ops::process::{self, Order, Signals};
 use protocol::Ring;
 use tokio::sync::watch;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::classes::Classes;
 use crate::clock::SystemClock;
-use crate::config::{Args, Config};
+use crate::config::{Args, Config, ObjectsConfig};
 use crate::data_dir::{DataDir, DataDirError};
 use crate::host::HostConfig;
 use crate::worker::Worker;
@@ -74,7 +75,7 @@ impl Node {
         let (stop, stopped) = watch::channel(false);
         let host = HostConfig {
             mailbox: config.mailbox.clone(),
-            objects: config.objects.clone(),
+            objects: within_descriptors(&config.objects, config.worker_count()),
             sql: Arc::new(config.sql.clone()),
         };
         let mut threads = Vec::with_capacity(listeners.len());
@@ -151,6 +152,31 @@ impl Node {
             }
         }
         drop(self.data_dir);
+    }
+}
+
+/// Descriptors that an awake object may hold: its database, the log beside it, and one in between.
+const DESCRIPTORS_PER_OBJECT: u64 = 3;
+
+/// Lowers `awake_max` to what the process may open, leaving a quarter for connections: to run out of
+/// descriptors would refuse requests that an eviction could have served.
+fn within_descriptors(config: &ObjectsConfig, workers: u16) -> ObjectsConfig {
+    let limit = process::raise_descriptor_limit();
+    let room = limit / 4 * 3 / DESCRIPTORS_PER_OBJECT / u64::from(workers);
+    let room = u32::try_from(room).unwrap_or(u32::MAX).max(1);
+    if room < config.awake_max.get() {
+        warn!(
+            limit,
+            awake_max = config.awake_max,
+            room,
+            "objects.awake_max lowered to what the limit of open files allows per worker"
+        );
+    }
+    ObjectsConfig {
+        awake_max: config
+            .awake_max
+            .min(NonZeroU32::new(room).expect("at least 1")),
+        ..config.clone()
     }
 }
 

@@ -13,6 +13,7 @@ use std::task::Poll;
 use protocol::{ErrorCode, ObjectId, Problem};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
+use tracing::warn;
 
 use self::mailbox::Mailbox;
 use crate::class::{Class, ClassError, Context, Instance};
@@ -123,8 +124,16 @@ impl Object {
         for flight in self.flights.borrow().values() {
             flight.abort();
         }
-        drop(self.instance.borrow_mut().take());
+        let instance = self.instance.borrow_mut().take();
+        drop_class_code(instance);
         self.context.storage().close();
+    }
+}
+
+/// Drops what belongs to a class. A panic there has nothing left to break.
+pub(crate) fn drop_class_code<T>(value: T) {
+    if catch_unwind(AssertUnwindSafe(|| drop(value))).is_err() {
+        warn!("class code panicked while it was dropped");
     }
 }
 

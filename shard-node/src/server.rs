@@ -4,22 +4,20 @@
 //! method, path, query, other headers and body are the object's.
 
 use std::convert::Infallible;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{self, Poll};
 
 use bytes::Bytes;
 use http::header::{ALLOW, CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
-use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::body::Incoming;
 use protocol::trace::TraceParent;
 use protocol::{ErrorCode, ObjectId, ObjectName, Problem, Ring, ShardId, headers, limits, problem};
 use subtle::ConstantTimeEq;
 use tokio::time::Instant;
 use tracing::debug;
 
-use crate::class::{Args, Awake, Body, Class};
+use crate::class::{Args, Body, Class};
 use crate::classes::Classes;
 use crate::host::{Address, Host};
 use crate::metrics::{Code, Metrics};
@@ -186,7 +184,7 @@ impl Server {
     ) -> Result<Response<Body>, Problem> {
         let event = Event::Fetch(request);
         match self.host.deliver(address, event).await? {
-            Reply::Response(response) => Ok(self.clean(address, response)),
+            Reply::Response(response) => Ok(clean(response)),
             Reply::Value(value) => Ok(json(StatusCode::OK, value.to_string())),
         }
     }
@@ -219,30 +217,6 @@ impl Server {
         }
     }
 
-    /// Headers that only the system may set do not pass; a streamed body keeps its object awake.
-    fn clean(&self, address: &Address, mut response: Response<Body>) -> Response<Body> {
-        let ours: Vec<HeaderName> = response
-            .headers()
-            .keys()
-            .filter(|name| name.as_str().starts_with(headers::PREFIX))
-            .cloned()
-            .collect();
-        for name in ours {
-            response.headers_mut().remove(name);
-        }
-        if response.body().is_stream()
-            && let Some(awake) = self.host.hold(address.id)
-        {
-            return response.map(|body| {
-                Body::stream(Held {
-                    body,
-                    _awake: awake,
-                })
-            });
-        }
-        response
-    }
-
     fn refuse(&self, problem: &Problem, request: Option<&str>) -> Response<Body> {
         let mut response = json(problem.code.status(), problem.to_json(request));
         let headers = response.headers_mut();
@@ -262,6 +236,15 @@ impl Server {
         }
         response
     }
+}
+
+/// Headers that only the system may set do not pass.
+fn clean(mut response: Response<Body>) -> Response<Body> {
+    let ours = |name: &&HeaderName| name.as_str().starts_with(headers::PREFIX);
+    while let Some(name) = response.headers().keys().find(ours).cloned() {
+        response.headers_mut().remove(name);
+    }
+    response
 }
 
 /// The arguments of a call: a JSON array, or nothing for none.
@@ -354,31 +337,5 @@ impl Seen {
                 "request answered"
             );
         }
-    }
-}
-
-/// A body that keeps its object awake until it has been sent.
-struct Held {
-    body: Body,
-    _awake: Awake,
-}
-
-impl HttpBody for Held {
-    type Data = Bytes;
-    type Error = <Body as HttpBody>::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut task::Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }

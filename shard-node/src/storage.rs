@@ -35,6 +35,11 @@ pub const RESERVED_PREFIX: &str = "_dormouse_";
 /// Prepared statements kept per awake object, a few KiB each.
 const STATEMENTS_CACHED: usize = 32;
 
+/// What a row, and a value however small, count against the bound of a result: each exists for a
+/// moment as a SQL value, as JSON and as text.
+const ROW_COST_BYTES: usize = 128;
+const VALUE_COST_BYTES: usize = 128;
+
 /// `[sql]`: what the SQL of one object may take. The defaults are Cloudflare's documented limits
 /// (<https://developers.cloudflare.com/durable-objects/platform/limits/>), but for the time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -256,7 +261,8 @@ impl Storage {
     /// Runs SQL of a class: one or several statements, `params` bound to the last of them. Returns
     /// what the last one gave.
     ///
-    /// All rows are held in memory, up to `bytes_max` of values; a result beyond it is refused.
+    /// All rows are held in memory; a result that would take more than `bytes_max`, there or as JSON, is
+    /// refused.
     pub fn exec(
         &self,
         sql: &str,
@@ -273,64 +279,52 @@ impl Storage {
                 at: None,
             });
         }
-        if statements::skip_blank(sql).is_empty() {
+        let _user = self.guard.user_sql(sql);
+        let mut rest = statements::skip_blank(sql);
+        if rest.is_empty() {
             return Err(StorageError::Sql {
                 message: "there is no statement in this SQL".to_owned(),
                 at: None,
             });
         }
-        let _user = self.guard.user_sql(sql);
-        // The usual case: one statement, prepared before. Its statement may be cached under the same
-        // text as one of ours, so text that names a reserved table is authorized afresh each time.
-        if !self.guard.names_reserved() {
-            let mut open = self.open()?;
-            let writes = match open.connection.prepare_cached(sql) {
-                Ok(mut statement) if statement.readonly() || open.file => {
-                    self.begin_if_writing(&open, &statement)?;
-                    return self.run(&open.connection, &mut statement, params, bytes_max);
-                }
-                // A write, but there is no file yet.
-                Ok(_) => true,
-                // Several statements, or an error to which the slow path knows the position.
-                Err(_) => false,
-            };
-            if writes {
-                self.create_file(&mut open)?;
-                let mut statement = self.check(open.connection.prepare_cached(sql), 0)?;
-                self.begin_if_writing(&open, &statement)?;
-                return self.run(&open.connection, &mut statement, params, bytes_max);
+        loop {
+            // Each may need what the one before it created: prepared only when its turn comes.
+            let at = sql.len() - rest.len();
+            let (first, next) = statements::split_first(rest);
+            let next = statements::skip_blank(next);
+            if next.is_empty() {
+                return self.exec_one(first, at, params, bytes_max);
             }
+            self.exec_one(first, at, &[], bytes_max)?;
+            rest = next;
         }
-        self.exec_each(sql, params, bytes_max)
     }
 
-    /// The statements of `sql` one by one: each may need what the one before it created.
-    fn exec_each(
+    /// One statement, which begins at byte `at` of the text that the class gave.
+    fn exec_one(
         &self,
         sql: &str,
+        at: usize,
         params: &[SqlValue],
         bytes_max: usize,
     ) -> Result<Rows, StorageError> {
-        let mut rest = statements::skip_blank(sql);
-        loop {
-            let at = sql.len() - rest.len();
-            let mut open = self.open()?;
-            let (end, readonly) = {
-                let (statement, end) = statements::prepare_first(&open.connection, rest)
-                    .map_err(|error| self.error(error, at))?;
-                (end, statement.readonly())
-            };
-            if !readonly && !open.file {
+        let mut open = self.open()?;
+        if !open.file {
+            let writes = !self.check(open.connection.prepare(sql), at)?.readonly();
+            if writes {
                 self.create_file(&mut open)?;
             }
-            let mut statement = self.check(open.connection.prepare(&rest[..end]), at)?;
+        }
+        // The cache is keyed by text, and one of our own statements may have the same: text that names
+        // a reserved table is authorized afresh each time.
+        if self.guard.names_reserved() {
+            let mut statement = self.check(open.connection.prepare(sql), at)?;
             self.begin_if_writing(&open, &statement)?;
-            let next = statements::skip_blank(&rest[end..]);
-            if next.is_empty() {
-                return self.run(&open.connection, &mut statement, params, bytes_max);
-            }
-            self.run(&open.connection, &mut statement, &[], bytes_max)?;
-            rest = next;
+            self.run(&open.connection, &mut statement, params, bytes_max)
+        } else {
+            let mut statement = self.check(open.connection.prepare_cached(sql), at)?;
+            self.begin_if_writing(&open, &statement)?;
+            self.run(&open.connection, &mut statement, params, bytes_max)
         }
     }
 
@@ -366,12 +360,10 @@ impl Storage {
             let mut cursor = statement.raw_query();
             while let Some(row) = self.check(cursor.next(), 0)? {
                 let mut values = Vec::with_capacity(width);
+                bytes += ROW_COST_BYTES;
                 for column in 0..width {
                     let value = self.check(row.get_ref(column), 0)?;
-                    bytes += 8 + match value {
-                        ValueRef::Text(text) | ValueRef::Blob(text) => text.len(),
-                        _ => 0,
-                    };
+                    bytes += cost(value);
                     values.push(owned(value));
                 }
                 if bytes > bytes_max {
@@ -768,6 +760,25 @@ fn prepare_ours<'c>(
 ) -> rusqlite::Result<rusqlite::CachedStatement<'c>> {
     debug_assert!(authorizer::mentions_reserved(sql), "{sql:?}");
     connection.prepare_cached(sql)
+}
+
+/// What a value of a result may take at the most, in memory as it passes from here to the caller, or
+/// as JSON on the wire.
+fn cost(value: ValueRef<'_>) -> usize {
+    let beyond = match value {
+        ValueRef::Null | ValueRef::Integer(_) | ValueRef::Real(_) => 0,
+        // Control characters take six bytes in JSON, quotes and backslashes two.
+        ValueRef::Text(text) => text
+            .iter()
+            .map(|byte| match byte {
+                0..0x20 => 6,
+                b'"' | b'\\' => 2,
+                _ => 1,
+            })
+            .sum(),
+        ValueRef::Blob(blob) => blob.len() / 3 * 4 + 4,
+    };
+    VALUE_COST_BYTES + beyond
 }
 
 fn owned(value: ValueRef<'_>) -> SqlValue {

@@ -120,15 +120,21 @@ async fn accept(
 ) {
     let mut connections = JoinSet::new();
     let told = stop.clone();
+    // One line per bout of failures, not one per try.
+    let mut failing = false;
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
+                    failing = false;
                     let served = connection(stream, Rc::clone(&server), told.clone());
                     connections.spawn_local(or_abort(served));
                 }
                 Err(error) => {
-                    warn!(error = %Causes(&error), "accept failed");
+                    if !failing {
+                            warn!(error = %Causes(&error), "accept failed; trying on");
+                        }
+                        failing = true;
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             },

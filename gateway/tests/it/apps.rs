@@ -30,6 +30,7 @@ fn an_app_sees_the_request_and_who_asked() {
     let request = front
         .request("POST", "/shop/cart?x=1")
         .header("x-forwarded-for", "198.51.100.7")
+        .header("x-forwarded-for", "203.0.113.9")
         .header("dormouse-object", "forged");
     let answer = front.send(request, "body");
     assert_eq!(answer.status, 200);
@@ -38,7 +39,10 @@ fn an_app_sees_the_request_and_who_asked() {
         (seen.method.as_str(), seen.uri.as_str(), &seen.body[..]),
         ("POST", "/shop/cart?x=1", &b"body"[..])
     );
-    assert_eq!(seen.headers["x-forwarded-for"], "198.51.100.7, 127.0.0.1");
+    assert_eq!(
+        seen.headers["x-forwarded-for"],
+        "198.51.100.7, 203.0.113.9, 127.0.0.1"
+    );
     assert_eq!(seen.headers["x-forwarded-proto"], "http");
     assert_eq!(
         seen.headers["x-forwarded-host"],

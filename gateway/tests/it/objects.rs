@@ -303,6 +303,66 @@ fn a_refused_request_with_a_large_body_still_reads_its_refusal() {
 }
 
 #[test]
+fn pipelined_requests_are_answered_in_order() {
+    let (front, worker) = Front::before_worker();
+    worker.script([ok("one"), ok("two"), ok("three")]);
+    let mut client = TcpStream::connect(front.gateway.address()).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let request = "GET /objects/Kv/a HTTP/1.1\r\nhost: x\r\n\r\n";
+    client.write_all(request.repeat(3).as_bytes()).unwrap();
+    for body in ["one", "two", "three"] {
+        assert!(read_head(&mut client).starts_with("HTTP/1.1 200 "));
+        let mut received = vec![0; body.len()];
+        client.read_exact(&mut received).unwrap();
+        assert_eq!(received, body.as_bytes());
+    }
+}
+
+#[test]
+fn a_malformed_body_is_answered() {
+    let (front, _worker) = Front::before_worker();
+    let mut client = TcpStream::connect(front.gateway.address()).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    write!(
+        client,
+        "PUT /objects/Kv/a/k HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"
+    )
+    .unwrap();
+    let head = read_head(&mut client);
+    assert!(
+        head.starts_with("HTTP/1.1 400 ") && head.contains("bad_request"),
+        "{head}"
+    );
+}
+
+#[test]
+fn arguments_larger_than_a_call_may_have_are_refused_here() {
+    let (front, worker) = Front::before_worker();
+    let bytes = (32 << 20) + 1;
+    let mut client = TcpStream::connect(front.gateway.address()).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    write!(
+        client,
+        "POST /rpc/Kv/a/put HTTP/1.1\r\nhost: x\r\ncontent-length: {bytes}\r\n\r\n"
+    )
+    .unwrap();
+    // All of it, before reading: as most clients do.
+    std::io::copy(&mut std::io::repeat(b' ').take(bytes), &mut client).unwrap();
+    let head = read_head(&mut client);
+    assert!(
+        head.starts_with("HTTP/1.1 413 ") && head.contains("payload_too_large"),
+        "{head}"
+    );
+    assert_eq!(worker.seen().len(), 0);
+}
+
+#[test]
 fn a_hundred_megabytes_stream_both_ways() {
     const BYTES: u64 = 100 << 20;
     let (front, worker) = Front::before_worker();

@@ -16,6 +16,9 @@ use super::answer;
 use crate::class::{Args, Body, Class, ClassError, Context, Instance, Json, Turn};
 use crate::storage::{SqlValue, StorageError};
 
+/// More than one value takes as the result of a query.
+const RESULT_BYTES: usize = 1024;
+
 pub struct Counter {
     name: ClassName,
 }
@@ -67,12 +70,12 @@ impl Count {
         let table = storage.exec(
             "SELECT 1 FROM sqlite_schema WHERE name = 'counter'",
             &[],
-            64,
+            RESULT_BYTES,
         )?;
         let has_table = !table.rows.is_empty();
         let mut value = 0;
         if has_table {
-            let rows = storage.exec("SELECT value FROM counter", &[], 64)?;
+            let rows = storage.exec("SELECT value FROM counter", &[], RESULT_BYTES)?;
             if let Some([SqlValue::Integer(found)]) = rows.rows.first().map(Vec::as_slice) {
                 value = *found;
             }
@@ -87,13 +90,21 @@ impl Count {
         // If this turn is not committed the object is reset, but until then memory must not claim it.
         self.cached.set(None);
         if before.has_table {
-            storage.exec("UPDATE counter SET value = ?1", &[value.into()], 0)?;
+            storage.exec(
+                "UPDATE counter SET value = ?1",
+                &[value.into()],
+                RESULT_BYTES,
+            )?;
         } else {
-            storage.exec("CREATE TABLE counter (value INTEGER NOT NULL)", &[], 0)?;
+            storage.exec(
+                "CREATE TABLE counter (value INTEGER NOT NULL)",
+                &[],
+                RESULT_BYTES,
+            )?;
             storage.exec(
                 "INSERT INTO counter (value) VALUES (?1)",
                 &[value.into()],
-                0,
+                RESULT_BYTES,
             )?;
         }
         self.cached.set(Some(Stored {

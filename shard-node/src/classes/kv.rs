@@ -34,6 +34,9 @@ use crate::storage::{BATCH_KEYS_MAX, Entry, KvError, ListOptions};
 const OCTETS: &str = "application/octet-stream";
 const JSON: &str = "application/json";
 
+/// Longest content type kept with a value.
+const CONTENT_TYPE_BYTES_MAX: usize = 255;
+
 /// Keys in one listing, unless the caller asks for fewer or more, and the most it may ask for.
 const LIST_DEFAULT: u32 = 1000;
 const LIST_MAX: u32 = 10_000;
@@ -223,11 +226,11 @@ impl Pairs {
         let mut keys = Vec::new();
         self.context
             .storage()
-            .kv_list(&options, |key, media_type, value| {
+            .kv_index(&options, |key, media_type, bytes| {
                 keys.push(serde_json::json!({
                     "key": key,
                     "content_type": media_type.unwrap_or(OCTETS),
-                    "bytes": value.len(),
+                    "bytes": bytes,
                 }));
                 true
             })?;
@@ -260,6 +263,12 @@ impl Pairs {
     ) -> Result<Response<Body>, ClassError> {
         let media_type = match media_type {
             None => OCTETS,
+            Some(given) if given.len() > CONTENT_TYPE_BYTES_MAX => {
+                return Err(ClassError::BadRequest(format!(
+                    "content-type of {} bytes is longer than {CONTENT_TYPE_BYTES_MAX}",
+                    given.len()
+                )));
+            }
             Some(given) => given.to_str().map_err(|_| {
                 ClassError::BadRequest(format!("content-type {given:?} must be ASCII"))
             })?,
@@ -304,7 +313,7 @@ impl Instance for Pairs {
             (false, "PUT") => Turn::run(async move {
                 let (head, body) = request.into_parts();
                 let max = self.context.storage().pair_bytes_max();
-                let value = body.read(max.saturating_sub(key.len())).await?;
+                let value = body.read(max).await?;
                 self.put(&key, head.headers.get(CONTENT_TYPE), &value)
             }),
             (false, _) => wrong_method("GET, HEAD, PUT, DELETE"),

@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde_json::Map;
 
 use super::{answer, values};
-use crate::class::{Args, Body, Class, ClassError, Context, Instance, Json, Turn};
+use crate::class::{Args, Body, Class, ClassError, Context, Instance, Json, Turn, clip};
 use crate::storage::{Rows, SqlValue};
 
 pub struct Sql {
@@ -87,7 +87,6 @@ impl Database {
     }
 
     fn exec(&self, sql: &str, params: &[SqlValue]) -> Result<Rows, ClassError> {
-        // JSON takes more room than the values; the bound is on memory, not on the wire.
         let rows = self
             .context
             .storage()
@@ -102,7 +101,7 @@ impl Database {
         let params = (1..)
             .zip(body.params)
             .map(|(number, value)| {
-                let shown = value.to_string();
+                let shown = clip(&value.to_string());
                 values::sql_from_json(value).map_err(|rule| {
                     ClassError::BadRequest(format!(
                         "parameter {number} must be {rule}, not {shown}"
@@ -158,6 +157,14 @@ fn one(mut rows: Rows) -> Result<Json, ClassError> {
         return Err(ClassError::BadRequest(format!(
             "one() wants exactly one row, but the query gave {}",
             rows.rows.len()
+        )));
+    }
+    let twice = (1..)
+        .zip(&rows.columns)
+        .find(|(next, column)| rows.columns[*next..].contains(column));
+    if let Some((_, column)) = twice {
+        return Err(ClassError::BadRequest(format!(
+            "two columns of the row are called {column:?}: name one of them with AS"
         )));
     }
     let values = rows.rows.remove(0).into_iter().map(values::sql_to_json);

@@ -17,31 +17,36 @@ use crate::clock;
 /// Steps of SQLite's virtual machine between two looks at the clock: about a tenth of a millisecond.
 const STEPS_PER_CHECK: i32 = 10_000;
 
-const PRAGMAS: [&str; 20] = [
-    "case_sensitive_like",
+/// Pragmas that may be used in any form: they change nothing, or only this transaction.
+const PRAGMAS: [&str; 14] = [
     "data_version",
     "defer_foreign_keys",
     "foreign_key_check",
     "foreign_key_list",
-    "foreign_keys",
     "function_list",
-    "ignore_check_constraints",
     "index_info",
     "index_list",
     "index_xinfo",
     "integrity_check",
-    "legacy_alter_table",
     "optimize",
     "quick_check",
-    "recursive_triggers",
-    "reverse_unordered_selects",
     "table_info",
     "table_list",
     "table_xinfo",
 ];
 
-/// Pragmas that may be asked, but not set.
-const PRAGMAS_READ: [&str; 3] = ["freelist_count", "page_count", "page_size"];
+/// Pragmas that may be asked, but not set: some would do harm, the others would be forgotten when the
+/// object sleeps.
+const PRAGMAS_READ: [&str; 8] = [
+    "foreign_keys",
+    "freelist_count",
+    "ignore_check_constraints",
+    "legacy_alter_table",
+    "page_count",
+    "page_size",
+    "recursive_triggers",
+    "reverse_unordered_selects",
+];
 
 const MODULES: [&str; 7] = [
     "fts5",
@@ -211,29 +216,47 @@ fn refuse(action: &AuthAction<'_>, names_reserved: bool) -> Option<String> {
             let hidden = names_reserved.then(|| reserved(RESERVED_PREFIX)).flatten();
             reserved(table_name).or(hidden)
         }
-        AuthAction::CreateIndex { index_name: other, table_name }
-        | AuthAction::CreateTempIndex { index_name: other, table_name }
-        | AuthAction::DropIndex { index_name: other, table_name }
-        | AuthAction::DropTempIndex { index_name: other, table_name }
-        | AuthAction::CreateTrigger { trigger_name: other, table_name }
-        | AuthAction::CreateTempTrigger { trigger_name: other, table_name }
-        | AuthAction::DropTrigger { trigger_name: other, table_name }
-        | AuthAction::DropTempTrigger { trigger_name: other, table_name } => {
-            reserved(other).or_else(|| reserved(table_name))
+        AuthAction::CreateTempIndex { .. }
+        | AuthAction::CreateTempTable { .. }
+        | AuthAction::CreateTempTrigger { .. }
+        | AuthAction::CreateTempView { .. } => Some(
+            "temporary tables, views and triggers are not available: they would be gone when the \
+             object sleeps"
+                .to_owned(),
+        ),
+        AuthAction::CreateIndex {
+            index_name: other,
+            table_name,
+        }
+        | AuthAction::DropIndex {
+            index_name: other,
+            table_name,
+        }
+        | AuthAction::CreateTrigger {
+            trigger_name: other,
+            table_name,
+        }
+        | AuthAction::DropTrigger {
+            trigger_name: other,
+            table_name,
+        } => reserved(other).or_else(|| reserved(table_name)),
+        // ANALYZE and PRAGMA optimize look at every table, ours too, and tell nothing of them.
+        AuthAction::Analyze { table_name } => names_reserved.then(|| reserved(table_name)).flatten(),
+        AuthAction::Read { table_name, .. } if table_name.eq_ignore_ascii_case("dbstat") => {
+            Some("the table dbstat is not available".to_owned())
         }
         AuthAction::CreateTable { table_name }
-        | AuthAction::CreateTempTable { table_name }
         | AuthAction::DropTable { table_name }
-        | AuthAction::DropTempTable { table_name }
-        | AuthAction::CreateView { view_name: table_name }
-        | AuthAction::CreateTempView { view_name: table_name }
-        | AuthAction::DropView { view_name: table_name }
-        | AuthAction::DropTempView { view_name: table_name }
+        | AuthAction::CreateView {
+            view_name: table_name,
+        }
+        | AuthAction::DropView {
+            view_name: table_name,
+        }
         | AuthAction::Insert { table_name }
         | AuthAction::Delete { table_name }
         | AuthAction::Update { table_name, .. }
-        | AuthAction::Read { table_name, .. }
-        | AuthAction::Analyze { table_name } => reserved(table_name),
+        | AuthAction::Read { table_name, .. } => reserved(table_name),
         AuthAction::Unknown { code, .. } => Some(format!("SQL action {code} is not available")),
         // The enum may grow with SQLite; what is not known to be harmless is not allowed.
         _ => Some("this SQL is not available".to_owned()),

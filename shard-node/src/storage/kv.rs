@@ -40,13 +40,6 @@ pub struct Entry {
     pub value: Vec<u8>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-enum Direction {
-    #[default]
-    Ascending,
-    Descending,
-}
-
 /// Which keys to list, in the order of their UTF-8 bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase", default)]
@@ -61,16 +54,6 @@ pub struct ListOptions {
     pub limit: Option<u32>,
     /// Descending order; the range stays the same.
     pub reverse: bool,
-}
-
-impl ListOptions {
-    fn direction(&self) -> Direction {
-        if self.reverse {
-            Direction::Descending
-        } else {
-            Direction::Ascending
-        }
-    }
 }
 
 impl Storage {
@@ -153,6 +136,28 @@ impl Storage {
         options: &ListOptions,
         mut each: impl FnMut(&str, Option<&str>, &[u8]) -> bool,
     ) -> Result<(), StorageError> {
+        self.kv_scan(options, "value", |key, media_type, value| {
+            Ok(each(key, media_type, value.as_blob()?))
+        })
+    }
+
+    /// The same with the length of each value, in bytes, instead of the value itself.
+    pub fn kv_index(
+        &self,
+        options: &ListOptions,
+        mut each: impl FnMut(&str, Option<&str>, i64) -> bool,
+    ) -> Result<(), StorageError> {
+        self.kv_scan(options, "length(value)", |key, media_type, bytes| {
+            Ok(each(key, media_type, bytes.as_i64()?))
+        })
+    }
+
+    fn kv_scan(
+        &self,
+        options: &ListOptions,
+        what: &str,
+        mut each: impl FnMut(&str, Option<&str>, ValueRef<'_>) -> rusqlite::Result<bool>,
+    ) -> Result<(), StorageError> {
         if !self.has_pairs()? {
             return Ok(());
         }
@@ -174,26 +179,18 @@ impl Storage {
         .flatten()
         .min();
         // A bound that could be absent would keep SQLite from stopping at it: hence a text each.
-        let sql = match (end.is_some(), options.direction()) {
-            (true, Direction::Ascending) => {
-                "SELECT key, media_type, value FROM _dormouse_kv \
-                 WHERE key >= ?1 AND key < CAST(?2 AS TEXT) ORDER BY key"
-            }
-            (true, Direction::Descending) => {
-                "SELECT key, media_type, value FROM _dormouse_kv \
-                 WHERE key >= ?1 AND key < CAST(?2 AS TEXT) ORDER BY key DESC"
-            }
-            (false, Direction::Ascending) => {
-                "SELECT key, media_type, value FROM _dormouse_kv \
-                 WHERE key >= ?1 AND ?2 IS NULL ORDER BY key"
-            }
-            (false, Direction::Descending) => {
-                "SELECT key, media_type, value FROM _dormouse_kv \
-                 WHERE key >= ?1 AND ?2 IS NULL ORDER BY key DESC"
-            }
+        let below = if end.is_some() {
+            "key < CAST(?2 AS TEXT)"
+        } else {
+            "?2 IS NULL"
         };
+        let order = if options.reverse { "DESC" } else { "ASC" };
+        let sql = format!(
+            "SELECT key, media_type, {what} FROM _dormouse_kv \
+             WHERE key >= ?1 AND {below} ORDER BY key {order}"
+        );
         self.reading(|connection| {
-            let mut statement = prepare_ours(connection, sql)?;
+            let mut statement = prepare_ours(connection, &sql)?;
             let mut rows = statement.query((least, end))?;
             let mut left = options.limit.unwrap_or(u32::MAX);
             while left > 0
@@ -207,7 +204,7 @@ impl Storage {
                     ValueRef::Null => None,
                     text => Some(text.as_str()?),
                 };
-                if !each(key, media_type, row.get_ref(2)?.as_blob()?) {
+                if !each(key, media_type, row.get_ref(2)?)? {
                     break;
                 }
                 left -= 1;

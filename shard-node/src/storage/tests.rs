@@ -396,7 +396,6 @@ fn the_features_people_expect_are_there() {
         "SELECT sqrt(2), pi(), ln(2)",
         "SELECT true WHERE 'online' = 'online' AND false = 0",
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3) SELECT max(i) FROM n",
-        "CREATE TEMP TABLE s (a); INSERT INTO s VALUES (1); SELECT a FROM s",
         "CREATE TABLE p (id INTEGER PRIMARY KEY, n); INSERT INTO p VALUES (1, 1) ON CONFLICT DO UPDATE SET n = n + 1 RETURNING n",
     ] {
         assert_eq!(turn(&storage, sql, &[]).expect(sql).rows.len(), 1, "{sql}");
@@ -546,10 +545,8 @@ fn a_full_database_refuses_writes_and_still_reads_and_shrinks() {
     assert!(rows >= 9, "{rows} rows of 100 KB in 1 MiB");
     let before = storage.database_bytes().unwrap();
     assert!(before <= 1 << 20);
-    assert_eq!(
-        turn(&storage, "SELECT * FROM t", &[]).unwrap().rows.len(),
-        rows
-    );
+    let kept = turn(&storage, "SELECT count(*) FROM t", &[]).unwrap();
+    assert_eq!(integers(&kept), [rows]);
     turn(&storage, "DELETE FROM t WHERE rowid = 1", &[]).unwrap();
     fill().unwrap();
 }

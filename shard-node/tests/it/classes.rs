@@ -122,6 +122,9 @@ impl Instance for ProbeInstance {
                     .insert("upgrade", "shout".parse().unwrap());
                 Turn::Done(Ok(response))
             }
+            "/panic_while_streaming" => {
+                Turn::Done(Ok(Response::new(Body::stream(PanickingBody(false)))))
+            }
             // What it saw of the request.
             path => {
                 let headers: serde_json::Map<String, Json> = request
@@ -206,6 +209,24 @@ impl Instance for ProbeInstance {
                 Turn::Done(Ok(self.cached.get().into()))
             }
         }
+    }
+}
+
+/// One frame, and then a panic.
+struct PanickingBody(bool);
+
+impl hyper::body::Body for PanickingBody {
+    type Data = bytes::Bytes;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        _cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<hyper::body::Frame<bytes::Bytes>, Self::Error>>> {
+        assert!(!std::mem::replace(&mut self.0, true), "as asked");
+        std::task::Poll::Ready(Some(Ok(hyper::body::Frame::data(
+            bytes::Bytes::from_static(b"first"),
+        ))))
     }
 }
 

@@ -185,6 +185,27 @@ fn the_least_recently_used_objects_make_room() {
 }
 
 #[test]
+fn idle_objects_make_room_however_often_they_were_used() {
+    let node = TestNode::with(|config| config.objects.awake_max = 200.try_into().unwrap());
+    for round in 0..3 {
+        for object in 0..200 {
+            node.result(
+                "Counter",
+                &format!("r{}o{object}", round % 2),
+                "value",
+                json!([]),
+            );
+            node.result(
+                "Counter",
+                &format!("r{}o{object}", round % 2),
+                "value",
+                json!([]),
+            );
+        }
+    }
+}
+
+#[test]
 fn objects_do_not_see_each_other() {
     let node = TestNode::start();
     node.result("Probe", "a", "write", json!(["of a"]));

@@ -149,6 +149,44 @@ fn sql_that_runs_away_resets_its_object() {
 }
 
 #[test]
+fn a_busy_object_leaves_time_for_the_others() {
+    let node = TestNode::start();
+    let slow = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000) SELECT max(i) FROM n";
+    node.result("Sql", "busy", "exec", json!([slow]));
+    thread::scope(|scope| {
+        let calls: Vec<_> = (0..16)
+            .map(|_| scope.spawn(|| node.result("Sql", "busy", "exec", json!([slow]))))
+            .collect();
+        crate::support::eventually("they run", || {
+            node.metric("shard_requests_total{class=\"Sql\",code=\"200\"}") >= 2.0
+        });
+        node.result("Counter", "other", "value", json!([]));
+        let unfinished = calls.iter().filter(|call| !call.is_finished()).count();
+        assert!(
+            unfinished > 4,
+            "the other object was served last: {unfinished} left"
+        );
+    });
+}
+
+#[test]
+fn a_panic_in_a_streamed_body_ends_that_response_alone() {
+    let node = TestNode::start();
+    let id = node.id("Probe", "a");
+    let mut stream = TcpStream::connect(node.owner(id)).unwrap();
+    write!(stream, "GET /panic_while_streaming HTTP/1.1\r\nhost: x\r\ndormouse-class: Probe\r\ndormouse-object: {id}\r\ndormouse-epoch: 1\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    // How the connection ends is not the point.
+    drop(stream.read_to_end(&mut answer));
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(
+        !answer.ends_with("0\r\n\r\n"),
+        "the body must not look complete: {answer}"
+    );
+    assert_eq!(node.call("Probe", "b", "instance", json!([])).status, 200);
+}
+
+#[test]
 fn a_full_mailbox_refuses_and_says_so() {
     let node = TestNode::with(|config| {
         config.mailbox.capacity = 2.try_into().unwrap();
