@@ -7,6 +7,7 @@
 //! an [`Engine`]: that seam is all that a faster storage has to replace.
 
 mod authorizer;
+mod functions;
 mod kv;
 mod plain_files;
 mod statements;
@@ -695,6 +696,7 @@ impl Storage {
             connection.pragma_update(None, "foreign_keys", true)?;
             connection.pragma_update(None, "trusted_schema", false)?;
             connection.pragma_update(None, "temp_store", "MEMORY")?;
+            functions::install(connection, self.config.value_bytes_max as usize)?;
             self.guard.install(connection)
         })();
         self.check(configured, 0)
