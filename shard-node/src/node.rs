@@ -16,7 +16,7 @@ use ops::metrics::Registry;
 use ops::process::{self, Order, Signals};
 use protocol::Ring;
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::classes::Classes;
 use crate::clock::SystemClock;
@@ -165,7 +165,7 @@ fn within_descriptors(config: &ObjectsConfig, workers: u16) -> ObjectsConfig {
     let room = limit / 4 * 3 / DESCRIPTORS_PER_OBJECT / u64::from(workers);
     let room = u32::try_from(room).unwrap_or(u32::MAX).max(1);
     if room < config.awake_max.get() {
-        warn!(
+        info!(
             limit,
             awake_max = config.awake_max,
             room,
