@@ -140,7 +140,7 @@ fn a_directory_that_cannot_be_written_is_named() {
 
 #[test]
 fn an_idle_object_sleeps_and_wakes_with_its_data() {
-    let node = TestNode::with(|config| config.objects.idle_after = Duration::from_millis(50));
+    let node = TestNode::with(|config| config.objects.idle_after = Duration::from_secs(1));
     node.result("Probe", "a", "write", json!(["kept"]));
     let before = node.result("Probe", "a", "instance", json!([]));
     assert_eq!(node.metric("shard_objects_awake{class=\"Probe\"}"), 1.0);
@@ -155,16 +155,16 @@ fn an_idle_object_sleeps_and_wakes_with_its_data() {
 #[test]
 fn a_busy_object_stays_awake() {
     let node = TestNode::with(|config| config.objects.idle_after = Duration::from_millis(20));
-    let before = node.result("Probe", "a", "instance", json!([]));
-    let during = node.result("Probe", "a", "wait", json!([300]));
-    assert_eq!(before, during);
     thread::scope(|scope| {
-        let long = scope.spawn(|| node.result("Probe", "a", "wait", json!([300])));
+        let long = scope.spawn(|| node.result("Probe", "a", "wait", json!([2000])));
         eventually("the call runs", || {
-            node.metric("shard_requests_total{class=\"Probe\",code=\"200\"}") >= 2.0
+            node.metric("shard_mailbox_wait_seconds_count") >= 1.0
         });
-        let meanwhile = node.result("Probe", "a", "instance", json!([]));
-        assert_eq!(long.join().unwrap(), meanwhile);
+        let first = node.result("Probe", "a", "instance", json!([]));
+        // Long enough for an idle object to leave.
+        node.result("Probe", "b", "wait", json!([300]));
+        assert_eq!(node.result("Probe", "a", "instance", json!([])), first);
+        assert_eq!(long.join().unwrap(), first);
     });
 }
 
