@@ -7,9 +7,11 @@
 //! an [`Engine`]: that seam is all that a faster storage has to replace.
 
 mod authorizer;
+mod config;
 mod functions;
 mod kv;
 mod plain_files;
+mod sql;
 mod statements;
 
 use std::cell::{Cell, OnceCell, RefCell, RefMut};
@@ -19,14 +21,14 @@ use std::time::Duration;
 
 use protocol::{ClassName, ObjectId, ObjectName, ShardId};
 use rusqlite::limits::Limit;
-use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Statement};
-use serde::{Deserialize, Serialize};
 
+pub use config::SqlConfig;
 pub use kv::{BATCH_KEYS_MAX, Entry, KEY_BYTES_MAX, KvError, ListOptions};
 pub use plain_files::PlainFiles;
 /// One SQL value: NULL, a 64-bit integer, a real, a text or a blob.
 pub use rusqlite::types::Value as SqlValue;
+pub use sql::Rows;
 
 use authorizer::Guard;
 
@@ -35,99 +37,6 @@ pub const RESERVED_PREFIX: &str = "_dormouse_";
 
 /// Prepared statements kept per awake object, a few KiB each.
 const STATEMENTS_CACHED: usize = 32;
-
-/// What a row, and a value however small, count against the bound of a result: each exists for a
-/// moment as a SQL value, as JSON and as text.
-const ROW_COST_BYTES: usize = 128;
-const VALUE_COST_BYTES: usize = 128;
-
-/// `[sql]`: what the SQL of one object may take. The defaults are Cloudflare's documented limits
-/// (<https://developers.cloudflare.com/durable-objects/platform/limits/>), but for the time.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct SqlConfig {
-    /// How long SQL may run in one turn before the object is reset. All objects of the worker wait
-    /// meanwhile.
-    #[serde(with = "humantime_serde")]
-    pub turn_time_max: Duration,
-    /// Size of one object's database. At the limit writes fail with `storage_full`; reads still work.
-    pub database_bytes_max: u64,
-    /// One text, blob or row; also key plus value of a key-value pair.
-    pub value_bytes_max: u32,
-    pub statement_bytes_max: u32,
-    pub columns_max: u32,
-    pub parameters_max: u32,
-    pub function_arguments_max: u32,
-    /// The pattern of LIKE and GLOB.
-    pub like_pattern_bytes_max: u32,
-}
-
-impl Default for SqlConfig {
-    fn default() -> Self {
-        Self {
-            turn_time_max: Duration::from_secs(5),
-            database_bytes_max: 10 << 30,
-            value_bytes_max: 2 << 20,
-            statement_bytes_max: 100 << 10,
-            columns_max: 100,
-            parameters_max: 100,
-            function_arguments_max: 32,
-            like_pattern_bytes_max: 50,
-        }
-    }
-}
-
-impl SqlConfig {
-    /// What SQLite was compiled to allow at the most
-    /// (<https://www.sqlite.org/limits.html>); beyond it a setting would be cut silently.
-    pub fn validate(&self) -> Result<(), String> {
-        let bounds = [
-            ("value_bytes_max", self.value_bytes_max, 1024, 1_000_000_000),
-            (
-                "statement_bytes_max",
-                self.statement_bytes_max,
-                1,
-                1_000_000_000,
-            ),
-            ("columns_max", self.columns_max, 1, 2000),
-            ("parameters_max", self.parameters_max, 1, 32_766),
-            (
-                "function_arguments_max",
-                self.function_arguments_max,
-                1,
-                127,
-            ),
-            (
-                "like_pattern_bytes_max",
-                self.like_pattern_bytes_max,
-                1,
-                50_000,
-            ),
-        ];
-        for (key, value, least, most) in bounds {
-            if !(least..=most).contains(&value) {
-                return Err(format!(
-                    "sql.{key} = {value} must be from {least} to {most}"
-                ));
-            }
-        }
-        if self.database_bytes_max < 1 << 20 {
-            return Err(format!(
-                "sql.database_bytes_max = {} must be at least 1 MiB",
-                self.database_bytes_max
-            ));
-        }
-        if self.turn_time_max < Duration::from_millis(1)
-            || self.turn_time_max > Duration::from_secs(300)
-        {
-            return Err(format!(
-                "sql.turn_time_max = {:?} must be from 1ms to 5m",
-                self.turn_time_max
-            ));
-        }
-        Ok(())
-    }
-}
 
 /// Why storage did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -153,18 +62,6 @@ pub enum StorageError {
     Broken { object: ObjectId, message: String },
     #[error(transparent)]
     Kv(#[from] KvError),
-}
-
-/// What a query gave.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Rows {
-    pub columns: Vec<String>,
-    pub rows: Vec<Vec<SqlValue>>,
-    /// Rows stepped over by full scans, or else rows returned: a lower bound of what was read, because
-    /// SQLite does not count rows that an index look-up visits and a filter then drops.
-    pub rows_read: u64,
-    /// Rows inserted, changed or deleted, triggers included, index entries not.
-    pub rows_written: u64,
 }
 
 /// Who an object is, as its database records it.
@@ -257,139 +154,6 @@ impl Storage {
             drop(self.open()?);
         }
         Ok(self.name.get().cloned())
-    }
-
-    /// Runs SQL of a class: one or several statements, `params` bound to the last of them. Returns
-    /// what the last one gave.
-    ///
-    /// All rows are held in memory; a result that would take more than `bytes_max`, there or as JSON, is
-    /// refused.
-    pub fn exec(
-        &self,
-        sql: &str,
-        params: &[SqlValue],
-        bytes_max: usize,
-    ) -> Result<Rows, StorageError> {
-        if sql.len() > self.config.statement_bytes_max as usize {
-            return Err(StorageError::Sql {
-                message: format!(
-                    "SQL of {} bytes is longer than {}",
-                    sql.len(),
-                    self.config.statement_bytes_max
-                ),
-                at: None,
-            });
-        }
-        let _user = self.guard.user_sql(sql);
-        let mut rest = statements::skip_blank(sql);
-        if rest.is_empty() {
-            return Err(StorageError::Sql {
-                message: "there is no statement in this SQL".to_owned(),
-                at: None,
-            });
-        }
-        loop {
-            // Each may need what the one before it created: prepared only when its turn comes.
-            let at = sql.len() - rest.len();
-            let (first, next) = statements::split_first(rest);
-            let next = statements::skip_blank(next);
-            if next.is_empty() {
-                return self.exec_one(first, at, params, bytes_max);
-            }
-            self.exec_one(first, at, &[], bytes_max)?;
-            rest = next;
-        }
-    }
-
-    /// One statement, which begins at byte `at` of the text that the class gave.
-    fn exec_one(
-        &self,
-        sql: &str,
-        at: usize,
-        params: &[SqlValue],
-        bytes_max: usize,
-    ) -> Result<Rows, StorageError> {
-        let mut open = self.open()?;
-        if !open.file {
-            let writes = !self.check(open.connection.prepare(sql), at)?.readonly();
-            if writes {
-                self.create_file(&mut open)?;
-            }
-        }
-        // The cache is keyed by text, and one of our own statements may have the same: text that names
-        // a reserved table is authorized afresh each time.
-        if self.guard.names_reserved() {
-            let mut statement = self.check(open.connection.prepare(sql), at)?;
-            self.begin_if_writing(&open, &statement)?;
-            self.run(&open.connection, &mut statement, params, bytes_max)
-        } else {
-            let mut statement = self.check(open.connection.prepare_cached(sql), at)?;
-            self.begin_if_writing(&open, &statement)?;
-            self.run(&open.connection, &mut statement, params, bytes_max)
-        }
-    }
-
-    fn run(
-        &self,
-        connection: &Connection,
-        statement: &mut Statement<'_>,
-        params: &[SqlValue],
-        bytes_max: usize,
-    ) -> Result<Rows, StorageError> {
-        let wanted = statement.parameter_count();
-        if wanted != params.len() {
-            return Err(StorageError::Sql {
-                message: format!(
-                    "the statement has {wanted} parameters, but {} were given",
-                    params.len()
-                ),
-                at: None,
-            });
-        }
-        for (number, value) in (1..).zip(params) {
-            self.check(statement.raw_bind_parameter(number, value), 0)?;
-        }
-        let changes_before = connection.total_changes();
-        statement.reset_status(rusqlite::StatementStatus::FullscanStep);
-        let width = statement.column_count();
-        let mut rows = Rows {
-            columns: statement.column_names().map(str::to_owned).collect(),
-            ..Rows::default()
-        };
-        let mut bytes = 0;
-        {
-            let mut cursor = statement.raw_query();
-            while let Some(row) = self.check(cursor.next(), 0)? {
-                let mut values = Vec::with_capacity(width);
-                bytes += ROW_COST_BYTES;
-                for column in 0..width {
-                    let value = self.check(row.get_ref(column), 0)?;
-                    bytes += cost(value);
-                    values.push(owned(value));
-                }
-                if bytes > bytes_max {
-                    return Err(StorageError::Sql {
-                        message: format!(
-                            "the result is larger than {bytes_max} bytes: ask for less, with LIMIT"
-                        ),
-                        at: None,
-                    });
-                }
-                rows.rows.push(values);
-            }
-        }
-        let scanned = statement.get_status(rusqlite::StatementStatus::FullscanStep);
-        let returned = rows.rows.len() as u64;
-        rows.rows_read = match u64::try_from(scanned) {
-            // A scan steps once less than it has rows.
-            Ok(steps) if steps > 0 => returned.max(steps + 1),
-            _ => returned,
-        };
-        rows.rows_written = connection.total_changes() - changes_before;
-        if width == 0 {
-            rows.rows_read = 0;
-        }
-        Ok(rows)
     }
 
     /// Runs `f` as one: if it fails, everything it wrote is undone and what was written before it
@@ -762,35 +526,6 @@ fn prepare_ours<'c>(
 ) -> rusqlite::Result<rusqlite::CachedStatement<'c>> {
     debug_assert!(authorizer::mentions_reserved(sql), "{sql:?}");
     connection.prepare_cached(sql)
-}
-
-/// What a value of a result may take at the most, in memory as it passes from here to the caller, or
-/// as JSON on the wire.
-fn cost(value: ValueRef<'_>) -> usize {
-    let beyond = match value {
-        ValueRef::Null | ValueRef::Integer(_) | ValueRef::Real(_) => 0,
-        // Control characters take six bytes in JSON, quotes and backslashes two.
-        ValueRef::Text(text) => text
-            .iter()
-            .map(|byte| match byte {
-                0..0x20 => 6,
-                b'"' | b'\\' => 2,
-                _ => 1,
-            })
-            .sum(),
-        ValueRef::Blob(blob) => blob.len() / 3 * 4 + 4,
-    };
-    VALUE_COST_BYTES + beyond
-}
-
-fn owned(value: ValueRef<'_>) -> SqlValue {
-    match value {
-        ValueRef::Null => SqlValue::Null,
-        ValueRef::Integer(integer) => SqlValue::Integer(integer),
-        ValueRef::Real(real) => SqlValue::Real(real),
-        ValueRef::Text(text) => SqlValue::Text(String::from_utf8_lossy(text).into_owned()),
-        ValueRef::Blob(blob) => SqlValue::Blob(blob.to_vec()),
-    }
 }
 
 #[cfg(test)]

@@ -164,7 +164,6 @@ async fn connection(stream: TcpStream, server: Rc<Server>, mut stop: watch::Rece
         .timer(TokioTimer::new())
         // Gateways keep idle connections and close them first, so that none is closed under a request.
         .header_read_timeout(None)
-        .pipeline_flush(true)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     tokio::pin!(connection);

@@ -324,7 +324,8 @@ fn an_object_streams_more_than_it_could_hold() {
         // The rest is the head and the framing of chunks.
         sevens += buffer[..read].iter().filter(|&&byte| byte == 7).count() as u64;
         if !checked {
-            // While nobody reads, the kernel holds some of the rest, and the object waits with it.
+            // While nobody reads, the kernel holds some of the rest and the object waits with what it
+            // has not sent: neither does the node buffer it, nor may the object leave.
             let first = node.result("Probe", "a", "instance", json!([]));
             node.result("Probe", "b", "wait", json!([300]));
             let meanwhile = node.result("Probe", "a", "instance", json!([]));
