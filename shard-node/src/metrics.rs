@@ -35,7 +35,8 @@ const NO_CLASS: &str = "none";
 /// The metrics of one worker. Not shared: handles that depend on labels are kept in a plain map.
 pub struct Metrics {
     registry: Arc<Registry>,
-    requests: RefCell<HashMap<(Option<ClassName>, Code), Requests>>,
+    /// Per class, of which there are a handful: found by comparing, without an allocation per request.
+    requests: RefCell<Vec<(Option<ClassName>, HashMap<Code, Requests>)>>,
     awake: RefCell<HashMap<ClassName, Gauge>>,
     pub mailbox_wait: Histogram,
     pub mailbox_depth: Gauge,
@@ -76,8 +77,12 @@ impl Metrics {
     /// One request was answered.
     pub fn request(&self, class: Option<&ClassName>, code: Code, took: Duration) {
         let mut known = self.requests.borrow_mut();
-        let key = (class.cloned(), code);
-        let handles = known.entry(key).or_insert_with(|| {
+        let found = known.iter().position(|(of, _)| of.as_ref() == class);
+        let place = found.unwrap_or_else(|| {
+            known.push((class.cloned(), HashMap::new()));
+            known.len() - 1
+        });
+        let handles = known[place].1.entry(code).or_insert_with(|| {
             let class = class.map_or(NO_CLASS, ClassName::as_str).to_owned();
             let code = code.label();
             self.registry.register(|| Requests {

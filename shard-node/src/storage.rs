@@ -399,8 +399,13 @@ impl Storage {
                         .collect()
                 },
             );
-        // A file without the table never saw a commit.
-        let found = found.unwrap_or_default();
+        let found = match found {
+            // A file without the table never saw a commit.
+            Err(rusqlite::Error::SqlInputError { msg, .. }) if msg.starts_with("no such table") => {
+                Vec::new()
+            }
+            found => self.check(found, 0)?,
+        };
         let get = |key: &str| {
             found
                 .iter()

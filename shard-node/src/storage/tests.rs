@@ -199,6 +199,13 @@ fn a_damaged_file_is_an_error_and_stays_as_it_is() {
         turn(&fixture.open(), "INSERT INTO t VALUES (1)", &[]),
         Err(StorageError::Broken { .. })
     ));
+    // Nor does a read take it for an object that never wrote.
+    for _ in 0..2 {
+        assert!(matches!(
+            turn(&fixture.open(), "SELECT 1", &[]),
+            Err(StorageError::Broken { .. })
+        ));
+    }
     assert_eq!(std::fs::read(&path).unwrap(), [b'x'; 8192]);
 }
 
