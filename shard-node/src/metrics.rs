@@ -36,7 +36,7 @@ const NO_CLASS: &str = "none";
 pub struct Metrics {
     registry: Arc<Registry>,
     /// Per class, of which there are a handful: found by comparing, without an allocation per request.
-    requests: RefCell<Vec<(Option<ClassName>, HashMap<Code, Requests>)>>,
+    requests: RefCell<Vec<(Option<ClassName>, ByCode)>>,
     awake: RefCell<HashMap<ClassName, Gauge>>,
     pub mailbox_wait: Histogram,
     pub mailbox_depth: Gauge,
@@ -47,6 +47,8 @@ pub struct Metrics {
     pub evictions: Counter,
     pub resets: Counter,
 }
+
+type ByCode = HashMap<Code, Requests>;
 
 /// What is counted per class and code.
 #[derive(Clone)]
@@ -79,7 +81,7 @@ impl Metrics {
         let mut known = self.requests.borrow_mut();
         let found = known.iter().position(|(of, _)| of.as_ref() == class);
         let place = found.unwrap_or_else(|| {
-            known.push((class.cloned(), HashMap::new()));
+            known.push((class.cloned(), ByCode::new()));
             known.len() - 1
         });
         let handles = known[place].1.entry(code).or_insert_with(|| {

@@ -400,10 +400,11 @@ impl Storage {
                 },
             );
         let found = match found {
-            // A file without the table never saw a commit.
-            Err(rusqlite::Error::SqlInputError { msg, .. }) if msg.starts_with("no such table") => {
-                Vec::new()
-            }
+            // A file without the table never saw a commit: the node died before its first one.
+            Err(
+                rusqlite::Error::SqliteFailure(_, Some(message))
+                | rusqlite::Error::SqlInputError { msg: message, .. },
+            ) if message.starts_with("no such table") => Vec::new(),
             found => self.check(found, 0)?,
         };
         let get = |key: &str| {

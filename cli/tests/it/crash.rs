@@ -1,6 +1,7 @@
 //! kill -9 under load: what was acknowledged is there.
 
 use std::collections::HashMap;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, mpsc};
 use std::thread;
@@ -8,9 +9,9 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::support::{Process, agent, call, request};
+use crate::support::{Process, agent, call, dormouse, gateway, node, node_at, request};
 
 const CLIENTS: u64 = 8;
 const OBJECTS: u32 = 1000;
@@ -93,6 +94,84 @@ fn nothing_acknowledged_is_lost_by_kill_9() {
         &json!(["PRAGMA integrity_check"]),
     );
     assert_eq!(check["rows"], json!([["ok"]]));
+}
+
+/// Requests that were refused while the node was down are sent again; those whose outcome is unknown
+/// are not. So every effect is there once.
+#[test]
+fn a_patient_client_repeats_no_effect() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = Process::start(&mut node(dir.path(), "1"));
+    let listen = first.url.trim_start_matches("http://").to_owned();
+    let gateway = Process::start(&mut gateway(&first));
+    let load = dormouse()
+        .args([
+            "loadtest",
+            "run",
+            "--target",
+            &gateway.url,
+            "--json",
+            "--rate",
+            "300",
+            "--objects",
+            "20",
+        ])
+        .args([
+            "--warmup",
+            "0",
+            "--duration",
+            "3",
+            "--patience",
+            "20",
+            "--connections",
+            "16",
+        ])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    reach(
+        &gateway,
+        "gateway_requests_total{route=\"rpc\",code=\"200\"}",
+        200,
+    );
+    first.kill();
+    reach(
+        &gateway,
+        "gateway_requests_total{route=\"rpc\",code=\"unavailable\"}",
+        1,
+    );
+    let second = Process::start(&mut node_at(dir.path(), "1", &listen));
+    let output = load.wait_with_output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let verification = &report["verification"];
+    assert_eq!(
+        verification["found"], verification["acknowledged"],
+        "{report}"
+    );
+    assert_eq!(
+        (&verification["surplus"], &verification["unread"]),
+        (&json!(0), &json!(0)),
+        "{report}"
+    );
+    let sent = report["acknowledged"].as_u64().unwrap() + verification["unknown"].as_u64().unwrap();
+    assert!(sent > 600, "most got through in the end: {report}");
+    drop(second);
+}
+
+/// Waits until one line of a gateway's metrics has at least this value.
+#[track_caller]
+fn reach(gateway: &Process, line: &str, least: i64) {
+    let agent = agent();
+    for _ in 0..10_000 {
+        let (_, text) = request(&agent, "GET", &format!("{}/metrics", gateway.admin), "").unwrap();
+        let value = text
+            .lines()
+            .find_map(|found| found.strip_prefix(line)?.strip_prefix(' '));
+        if value.is_some_and(|value| value.parse::<i64>().unwrap() >= least) {
+            return;
+        }
+    }
+    panic!("{line} never reached {least}");
 }
 
 /// Increments random objects until told to stop.

@@ -190,6 +190,22 @@ fn a_file_of_another_object_is_refused() {
 }
 
 #[test]
+fn a_file_without_a_commit_is_that_of_an_object_that_never_wrote() {
+    let fixture = Fixture::new();
+    turn(&fixture.open(), "CREATE TABLE t (a)", &[]).unwrap();
+    let path = fixture.dir.path().join(&fixture.files()[0]);
+    std::fs::remove_file(&path).unwrap();
+    // What a node leaves that dies between creating the file and its first commit.
+    let unborn = Connection::open(&path).unwrap();
+    unborn.pragma_update(None, "journal_mode", "WAL").unwrap();
+    drop(unborn);
+    refused(&fixture.open(), "SELECT * FROM t", "no such table: t");
+    assert_eq!(fixture.files(), [""; 0], "it is cleaned up");
+    turn(&fixture.open(), "CREATE TABLE t (a)", &[]).unwrap();
+    assert_eq!(fixture.open().name().unwrap().unwrap().as_str(), "test");
+}
+
+#[test]
 fn a_damaged_file_is_an_error_and_stays_as_it_is() {
     let fixture = Fixture::new();
     turn(&fixture.open(), "CREATE TABLE t (a)", &[]).unwrap();
