@@ -1,80 +1,113 @@
-//! What does one turn of an object cost in process: mailbox, turn loop, storage, reply?
+//! What does one turn of an object cost in process: mailbox, turn loop, storage, output gate, reply?
+//! The engine with its commit log, and SQLite's own files with `synchronous=FULL` for comparison.
 
+use std::cell::Cell;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ops::metrics::Registry;
 use protocol::{Home, ObjectId, ShardId};
-use shard_node::class::Args;
+use shard_node::class::{Args, Class};
 use shard_node::classes::Classes;
 use shard_node::clock::SystemClock;
 use shard_node::config::{MailboxConfig, ObjectsConfig};
+use shard_node::disk::RealDisk;
 use shard_node::host::{Address, Host, HostConfig};
 use shard_node::metrics::Metrics;
 use shard_node::object::mailbox::Event;
-use shard_node::storage::PlainFiles;
+use shard_node::storage::logged::Setup;
+use shard_node::storage::{Engine, LogConfig, Logged, PlainFiles};
 use tokio::runtime::Runtime;
+use tokio::sync::Notify;
 use tokio::task::LocalSet;
-
-/// Requests that wait for one another's commit.
-const IN_FLIGHT: u64 = 64;
 
 /// A host on a directory of its own, its turn loop running.
 struct Fixture {
     host: Rc<Host>,
+    logged: Option<Logged>,
     local: LocalSet,
     runtime: Runtime,
-    address: Address,
+    addresses: Vec<Address>,
+    next: Cell<usize>,
     _dir: tempfile::TempDir,
 }
 
 impl Fixture {
-    fn new() -> Self {
+    fn plain(objects: usize) -> Self {
         let dir = tempfile::tempdir().expect("a directory for temporary files");
+        let engine = Rc::new(PlainFiles::new(dir.path()));
+        Self::new(dir, engine, None, Arc::default(), objects)
+    }
+
+    fn logged(objects: usize) -> Self {
+        let dir = tempfile::tempdir().expect("a directory for temporary files");
+        let progress = Arc::new(Notify::new());
+        let engine = Logged::open(setup(dir.path()), Arc::clone(&progress)).expect("a new log");
+        let logged = Some(engine.clone());
+        Self::new(dir, Rc::new(engine), logged, progress, objects)
+    }
+
+    fn new(
+        dir: tempfile::TempDir,
+        engine: Rc<dyn Engine>,
+        logged: Option<Logged>,
+        progress: Arc<Notify>,
+        objects: usize,
+    ) -> Self {
         let config = HostConfig {
             mailbox: MailboxConfig::default(),
             objects: ObjectsConfig::default(),
             sql: Arc::default(),
         };
         let metrics = Rc::new(Metrics::new(Arc::new(Registry::default()), 0));
-        let engine = Rc::new(PlainFiles::new(dir.path()));
         let host = Host::new(config, engine, Arc::new(SystemClock), metrics);
         let local = LocalSet::new();
         drop(local.spawn_local(Rc::clone(&host).run()));
-        let class = Arc::clone(
+        drop(local.spawn_local(Rc::clone(&host).follow_log(progress)));
+        let counter: Arc<dyn Class> = Arc::clone(
             Classes::built_in()
                 .iter()
                 .next()
                 .expect("Counter comes first"),
         );
-        let name = "hot".parse().expect("legal");
-        Self {
+        let address = |number: usize| {
+            let name = format!("c{number}").parse().expect("legal");
+            Address {
+                id: ObjectId::named(counter.name(), Home::Global, &name),
+                class: Arc::clone(&counter),
+                name: Some(name),
+                shard: ShardId(0),
+            }
+        };
+        let fixture = Self {
             host,
+            logged,
             local,
             runtime: tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()
                 .expect("a runtime"),
-            address: Address {
-                id: ObjectId::named(class.name(), Home::Global, &name),
-                class,
-                name: Some(name),
-                shard: ShardId(0),
-            },
+            addresses: (0..objects).map(address).collect(),
+            next: Cell::new(0),
             _dir: dir,
+        };
+        // Every object is awake and has its table.
+        for _ in 0..objects.div_ceil(64) {
+            fixture.calls("increment", 64);
         }
+        fixture
     }
 
-    /// Calls a method as often as [`IN_FLIGHT`], all at once.
-    fn calls(&self, method: &str) {
+    /// Calls a method `count` times, all at once, on one object after the other.
+    fn calls(&self, method: &str, count: usize) {
         self.local.block_on(&self.runtime, async {
-            let calls = (0..IN_FLIGHT).map(|_| {
-                let (host, address, method) = (
-                    Rc::clone(&self.host),
-                    self.address.clone(),
-                    method.to_owned(),
-                );
+            let calls = (0..count).map(|_| {
+                let next = self.next.get();
+                self.next.set((next + 1) % self.addresses.len());
+                let host = Rc::clone(&self.host);
+                let (address, method) = (self.addresses[next].clone(), method.to_owned());
                 tokio::task::spawn_local(async move {
                     let event = Event::Call {
                         args: Args::new(&method, Vec::new()),
@@ -86,21 +119,69 @@ impl Fixture {
             for call in calls.collect::<Vec<_>>() {
                 call.await.expect("no call panics");
             }
+            self.host.tick();
         });
     }
 }
 
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        self.host.shut_down();
+        if let Some(logged) = &self.logged {
+            logged.close().expect("the disk works");
+        }
+    }
+}
+
+fn setup(dir: &Path) -> Setup {
+    Setup {
+        disk: Arc::new(RealDisk::new(dir).expect("it was just made")),
+        data_dir: dir.to_owned(),
+        worker: 0,
+        log: LogConfig::default(),
+        transaction_bytes_max: 128 << 20,
+        clock: Arc::new(SystemClock),
+        sync_time: metrics::Histogram::noop(),
+    }
+}
+
 fn turn(criterion: &mut Criterion) {
-    let fixture = Fixture::new();
     let mut group = criterion.benchmark_group("turn");
-    group.throughput(Throughput::Elements(IN_FLIGHT));
-    group.bench_function("read_64_in_flight", |bencher| {
-        bencher.iter(|| fixture.calls("value"))
+    let one = Fixture::logged(1);
+    for in_flight in [1, 64, 1000] {
+        group.throughput(Throughput::Elements(in_flight as u64));
+        group.bench_function(
+            format!("increment/logged/1_object/{in_flight}"),
+            |bencher| {
+                bencher.iter(|| one.calls("increment", in_flight));
+            },
+        );
+    }
+    group.throughput(Throughput::Elements(64));
+    group.bench_function("read/logged/1_object/64", |bencher| {
+        bencher.iter(|| one.calls("value", 64));
     });
+    drop(one);
+    let many = Fixture::logged(1000);
+    for in_flight in [64, 1000] {
+        group.throughput(Throughput::Elements(in_flight as u64));
+        group.bench_function(
+            format!("increment/logged/1000_objects/{in_flight}"),
+            |bencher| bencher.iter(|| many.calls("increment", in_flight)),
+        );
+    }
+    group.throughput(Throughput::Elements(64));
+    group.bench_function("read/logged/1000_objects/64", |bencher| {
+        bencher.iter(|| many.calls("value", 64));
+    });
+    drop(many);
     group.sample_size(20);
-    group.bench_function("durable_increment_64_in_flight", |bencher| {
-        bencher.iter(|| fixture.calls("increment"));
-    });
+    for objects in [1, 1000] {
+        let plain = Fixture::plain(objects);
+        group.bench_function(format!("increment/plain/{objects}_objects/64"), |bencher| {
+            bencher.iter(|| plain.calls("increment", 64));
+        });
+    }
     group.finish();
 }
 

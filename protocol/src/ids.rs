@@ -187,10 +187,18 @@ pub enum Home {
 }
 
 impl Home {
-    fn to_bytes(self) -> [u8; 3] {
+    /// As it is in an id: zeros, or the letters of the colo.
+    pub fn to_bytes(self) -> [u8; 3] {
         match self {
             Self::Global => [0; 3],
             Self::Colo(colo) => colo.0,
+        }
+    }
+
+    pub fn from_bytes(bytes: [u8; 3]) -> Option<Self> {
+        match bytes {
+            [0, 0, 0] => Some(Self::Global),
+            colo => Colo::from_bytes(colo).map(Self::Colo),
         }
     }
 }
@@ -323,8 +331,7 @@ impl FromStr for ObjectId {
             *byte = high << 4 | low;
         }
         let known_kind = matches!(bytes[0], 0x11 | 0x12);
-        let home = [bytes[1], bytes[2], bytes[3]];
-        if known_kind && (home == [0; 3] || Colo::from_bytes(home).is_some()) {
+        if known_kind && Home::from_bytes([bytes[1], bytes[2], bytes[3]]).is_some() {
             Ok(Self(bytes))
         } else {
             Err(ObjectIdError::Format(text.to_owned()))

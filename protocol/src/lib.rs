@@ -5,6 +5,7 @@
 //! the system refuses comes back as a [`Problem`] with a code from a closed set ([`ErrorCode`]).
 //! Every bound they share is in [`limits`].
 
+pub mod epoch;
 pub mod error_code;
 pub mod headers;
 pub mod ids;
@@ -13,6 +14,7 @@ pub mod problem;
 pub mod ring;
 pub mod trace;
 
+pub use epoch::{Epoch, LogPosition};
 pub use error_code::ErrorCode;
 pub use ids::{ClassName, Colo, Home, ObjectId, ObjectName, ShardId};
 pub use problem::Problem;

@@ -120,6 +120,7 @@ fn storage_code(error: &StorageError) -> ErrorCode {
         StorageError::OutOfTime(_) => ErrorCode::ObjectReset,
         StorageError::Full(_) | StorageError::RolledBack => ErrorCode::StorageFull,
         StorageError::Broken { .. } => ErrorCode::Internal,
+        StorageError::LogFailed(_) => ErrorCode::Unavailable,
     }
 }
 
@@ -332,17 +333,48 @@ impl Body {
             Kind::Bytes(_) => self,
             Kind::Incoming(_) | Kind::Stream(_) => Self(Kind::Stream(Box::pin(Held {
                 body: Some(self),
-                _awake: awake,
+                gated: None,
+                awake,
             }))),
         }
     }
 }
 
-/// A body that keeps its object awake. It runs class code while it is sent: a panic there ends the
-/// body, and with it the response, but nothing else.
+/// A body that keeps its object awake. It runs class code while it is sent, each time as one stretch of
+/// a turn; a panic there ends the body, and with it the response, but nothing else. What it gives passes
+/// the output gate like any other answer.
 struct Held {
     body: Option<Body>,
-    _awake: Awake,
+    /// What is ready, until all that it may depend on is durable.
+    gated: Option<Option<Result<Frame<Bytes>, BoxError>>>,
+    awake: Awake,
+}
+
+impl Held {
+    /// One stretch of class code.
+    fn produce(
+        &mut self,
+        cx: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let Some(body) = self.body.as_mut() else {
+            return Poll::Ready(None);
+        };
+        let storage = &self.awake.0.storage;
+        storage.begin_segment();
+        let polled = catch_unwind(AssertUnwindSafe(|| Pin::new(body).poll_frame(cx)));
+        let failed = match polled {
+            Ok(polled) => match storage.commit() {
+                Ok(_) => return polled,
+                Err(error) => error.to_string(),
+            },
+            Err(_) => match storage.rollback() {
+                Ok(()) => "class code panicked in a response body".to_owned(),
+                Err(error) => error.to_string(),
+            },
+        };
+        drop_class_code(self.body.take());
+        Poll::Ready(Some(Err(failed.into())))
+    }
 }
 
 impl HttpBody for Held {
@@ -353,23 +385,32 @@ impl HttpBody for Held {
         mut self: Pin<&mut Self>,
         cx: &mut task::Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let Some(body) = self.body.as_mut() else {
-            return Poll::Ready(None);
-        };
-        match catch_unwind(AssertUnwindSafe(|| Pin::new(body).poll_frame(cx))) {
-            Ok(polled) => polled,
-            Err(_) => {
-                drop_class_code(self.body.take());
-                Poll::Ready(Some(Err("class code panicked in a response body".into())))
+        if self.gated.is_none() {
+            match self.produce(cx) {
+                Poll::Ready(frame) => self.gated = Some(frame),
+                Poll::Pending => return Poll::Pending,
             }
         }
+        let storage = &self.awake.0.storage;
+        if storage.is_closed() {
+            self.gated = None;
+            drop_class_code(self.body.take());
+            return Poll::Ready(Some(Err("the object was reset".into())));
+        }
+        if !storage.is_durable(cx.waker()) {
+            return Poll::Pending;
+        }
+        Poll::Ready(self.gated.take().flatten())
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.as_ref().is_none_or(HttpBody::is_end_stream)
+        self.gated.is_none() && self.body.as_ref().is_none_or(HttpBody::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
+        if self.gated.is_some() {
+            return SizeHint::new();
+        }
         self.body
             .as_ref()
             .map(HttpBody::size_hint)

@@ -11,7 +11,7 @@ use protocol::ring::{RingDocument, RingNode};
 use protocol::{Colo, Ring, RingVersion, limits};
 use serde::{Deserialize, Serialize};
 
-use crate::storage::SqlConfig;
+use crate::storage::{LogConfig, SqlConfig};
 
 /// Everything a node can be told. Every key has a default; `config/shard-node.toml` shows them all.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +39,7 @@ pub struct Config {
     pub mailbox: MailboxConfig,
     pub objects: ObjectsConfig,
     pub sql: SqlConfig,
+    pub log: LogConfig,
 }
 
 impl Default for Config {
@@ -57,6 +58,7 @@ impl Default for Config {
             mailbox: MailboxConfig::default(),
             objects: ObjectsConfig::default(),
             sql: SqlConfig::default(),
+            log: LogConfig::default(),
         }
     }
 }
@@ -152,7 +154,7 @@ impl Config {
                 self.objects.idle_after
             ));
         }
-        if let Err(reason) = self.sql.validate() {
+        if let Err(reason) = self.sql.validate().and_then(|()| self.log.validate()) {
             return rule(reason);
         }
         ops::config::require_token_off_loopback(

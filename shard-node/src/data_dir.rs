@@ -3,11 +3,14 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::{Disk, RealDisk};
+
 /// Version of the layout under the data directory.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Why a data directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +83,40 @@ impl DataDir {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The disk that the directory is on.
+    pub fn disk(&self) -> Result<Arc<dyn Disk>, DataDirError> {
+        match RealDisk::new(&self.path) {
+            Ok(disk) => Ok(Arc::new(disk)),
+            Err(source) => Err(self.io("reading")(source)),
+        }
+    }
+
+    /// Workers numbered `first` and above that have left a log here.
+    pub fn workers_from(&self, first: u16) -> Result<Vec<u16>, DataDirError> {
+        let entries = match std::fs::read_dir(self.path.join("workers")) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(self.io("reading")(error)),
+        };
+        let mut found: Vec<u16> = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(self.io("reading"))?.file_name();
+            found.extend(name.to_str().and_then(|name| name.parse::<u16>().ok()));
+        }
+        found.retain(|worker| *worker >= first);
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    fn io(&self, what: &'static str) -> impl Fn(io::Error) -> DataDirError {
+        let path = self.path.clone();
+        move |source| DataDirError::Io {
+            path: path.clone(),
+            what,
+            source,
+        }
     }
 }
 
@@ -182,9 +219,9 @@ mod tests {
     fn damaged_and_future_manifests_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         drop(DataDir::open(dir.path(), 128).unwrap());
-        std::fs::write(dir.path().join(MANIFEST), "{\"format\":2,\"shards\":128}").unwrap();
+        std::fs::write(dir.path().join(MANIFEST), "{\"format\":1,\"shards\":128}").unwrap();
         let refused = DataDir::open(dir.path(), 128).unwrap_err().to_string();
-        assert!(refused.contains("has format 2"), "{refused}");
+        assert!(refused.contains("has format 1"), "{refused}");
         std::fs::write(dir.path().join(MANIFEST), "{").unwrap();
         assert!(matches!(
             DataDir::open(dir.path(), 128),

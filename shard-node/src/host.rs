@@ -18,7 +18,7 @@ use std::task::{self, Poll, Waker};
 use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
-use protocol::{ClassName, ErrorCode, ObjectId, ObjectName, Problem, ShardId};
+use protocol::{ClassName, ErrorCode, LogPosition, ObjectId, ObjectName, Problem, ShardId};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tracing::warn;
@@ -30,7 +30,7 @@ use crate::config::{MailboxConfig, ObjectsConfig};
 use crate::metrics::Metrics;
 use crate::object::mailbox::{Answer, Event, Letter, Mailbox, Reply};
 use crate::object::{Failure, Object, drop_class_code};
-use crate::storage::{Engine, Identity, SqlConfig, Storage};
+use crate::storage::{Engine, Identity, SqlConfig, Storage, StorageError};
 use crate::worker::or_abort;
 
 /// Turns of one object before the next object has its turn, and the time after which it has it anyway.
@@ -72,6 +72,25 @@ pub struct Host {
     by_use: RefCell<VecDeque<(Instant, Weak<Object>)>>,
     waiting: Cell<usize>,
     flights: Cell<u64>,
+    /// The output gate: answers that may depend on what is not durable yet.
+    gated: RefCell<VecDeque<Gated>>,
+    /// The log has room again.
+    room: Notify,
+    /// Turns of one batch; kept for its memory.
+    batch: RefCell<Vec<Finished>>,
+}
+
+/// An answer, the log position that it waits for, and whom it goes to.
+struct Gated {
+    position: LogPosition,
+    answer: Answer,
+    reply: oneshot::Sender<Answer>,
+}
+
+/// A turn that ran to its end, and is not committed yet.
+struct Finished {
+    result: Result<Reply, Failure>,
+    reply: oneshot::Sender<Answer>,
 }
 
 impl Host {
@@ -92,6 +111,9 @@ impl Host {
             by_use: RefCell::default(),
             waiting: Cell::new(0),
             flights: Cell::new(0),
+            gated: RefCell::default(),
+            room: Notify::new(),
+            batch: RefCell::default(),
         })
     }
 
@@ -133,11 +155,81 @@ impl Host {
                 self.run_object(&object);
                 drop(object);
                 if begun.elapsed() >= TIME_IN_A_ROW {
+                    self.engine.release();
+                    while self.engine.is_full() {
+                        self.metrics.log_waits.increment(1);
+                        self.room.notified().await;
+                    }
                     tokio::task::yield_now().await;
                     begun = Instant::now();
                 }
             }
+            self.engine.release();
             self.work.notified().await;
+        }
+    }
+
+    /// Lets answers go when what they depend on is durable, for ever. `progress` is the engine's.
+    pub async fn follow_log(self: Rc<Self>, progress: Arc<Notify>) {
+        loop {
+            progress.notified().await;
+            self.advance();
+        }
+    }
+
+    fn advance(self: &Rc<Self>) {
+        let lost = self.engine.advance();
+        let durable = self.engine.durable();
+        loop {
+            let mut gated = self.gated.borrow_mut();
+            if gated.front().is_none_or(|first| first.position > durable) {
+                break;
+            }
+            let Some(Gated { answer, reply, .. }) = gated.pop_front() else {
+                break;
+            };
+            drop(gated);
+            // A closed channel is a caller that hung up; what was committed stays.
+            drop(reply.send(answer));
+        }
+        if let Some((error, objects)) = lost {
+            self.take_back(&error, &objects);
+        }
+        self.room.notify_one();
+    }
+
+    /// The log lost commits: whoever waited for them gets an error, and their objects start again from
+    /// what is durable.
+    fn take_back(self: &Rc<Self>, error: &StorageError, objects: &[ObjectId]) {
+        let code = match error {
+            StorageError::Full(_) => ErrorCode::StorageFull,
+            _ => ErrorCode::ObjectReset,
+        };
+        let problem = Problem::new(
+            code,
+            format!(
+                "the write could not be made durable, and the object starts again without it: {error}"
+            ),
+        );
+        let durable = self.engine.durable();
+        for Gated {
+            position,
+            answer,
+            reply,
+        } in self.gated.take()
+        {
+            let answer = if position <= durable {
+                answer
+            } else {
+                Err(problem.clone())
+            };
+            drop(reply.send(answer));
+        }
+        for id in objects {
+            let object = self.objects.borrow().get(id).cloned();
+            if let Some(object) = object {
+                self.reset(&object);
+            }
         }
     }
 
@@ -148,6 +240,7 @@ impl Host {
     /// Once per period: evicts objects that were idle for long enough, answers requests that waited
     /// for too long, and publishes what is not counted event by event.
     pub fn tick(&self) {
+        self.engine.tick();
         self.metrics.mailbox_depth.set(self.waiting.get() as f64);
         let now = Instant::now();
         if self.waiting.get() > 0 {
@@ -188,6 +281,7 @@ impl Host {
         }
         self.by_use.borrow_mut().clear();
         self.ready.borrow_mut().clear();
+        self.gated.borrow_mut().clear();
     }
 
     fn activate(&self, address: &Address) -> Result<Rc<Object>, Problem> {
@@ -286,17 +380,20 @@ impl Host {
         }
     }
 
+    /// Runs the turns that wait for an object, up to its share. They share one transaction, each in a
+    /// savepoint of its own, and one commit.
     fn run_object(self: &Rc<Self>, object: &Rc<Object>) {
         object.queued.set(false);
         let begun = Instant::now();
         let mut now = begun;
+        let mut batch = self.batch.take();
         for _ in 0..TURNS_IN_A_ROW {
             if object.broken.get() {
-                return;
+                break;
             }
             if object.flights.borrow().len() >= self.config.mailbox.in_flight_max.get() as usize {
                 // A flight that lands makes the object ready again.
-                return;
+                break;
             }
             self.answer_overdue(object, now);
             let Some(letter) = object.mailbox.borrow_mut().pop() else {
@@ -309,15 +406,67 @@ impl Host {
             }
             let waited = now.saturating_duration_since(letter.arrived);
             self.metrics.mailbox_wait.record(waited.as_secs_f64());
-            self.start_turn(object, letter);
+            if let Some(finished) = self.start_turn(object, letter) {
+                let resets = matches!(finished.result, Err(Failure::Reset(_)));
+                batch.push(finished);
+                if resets {
+                    break;
+                }
+            }
             now = Instant::now();
             if now.duration_since(begun) >= TIME_IN_A_ROW {
                 break;
             }
         }
+        self.commit(object, &mut batch);
+        self.batch.replace(batch);
         object.last_used.set(now);
-        if !object.broken.get() && !object.mailbox.borrow().is_empty() {
+        let flights_full =
+            object.flights.borrow().len() >= self.config.mailbox.in_flight_max.get() as usize;
+        if !object.broken.get() && !object.mailbox.borrow().is_empty() && !flights_full {
             self.make_ready(object);
+        }
+    }
+
+    /// Commits a batch and answers its turns. If it cannot be committed, none of them counts.
+    fn commit(self: &Rc<Self>, object: &Rc<Object>, batch: &mut Vec<Finished>) {
+        let committed = object.commit();
+        let gate = object.context.storage().gate();
+        let mut reset = None;
+        for Finished { result, reply } in batch.drain(..) {
+            let answer = match (result, &committed) {
+                (Err(Failure::Reset(problem)), _) => {
+                    reset = Some(problem.clone());
+                    Err(problem)
+                }
+                (_, Err(problem)) => Err(problem.clone()),
+                (Err(Failure::Refused(problem)), Ok(())) => Err(problem),
+                (Ok(Reply::Response(response)), Ok(())) => {
+                    // From here on only the body keeps the object awake.
+                    let awake = object.context.stay_awake();
+                    Ok(Reply::Response(response.map(|body| body.held(awake))))
+                }
+                (Ok(value), Ok(())) => Ok(value),
+            };
+            self.answer(gate, answer, reply);
+        }
+        if let Some(problem) = reset.or(committed.err()) {
+            warn!(object = %object.id(), class = %object.class.name(), reason = problem.detail, "object reset");
+            self.reset(object);
+        }
+    }
+
+    /// Sends an answer, through the output gate.
+    fn answer(&self, position: LogPosition, answer: Answer, reply: oneshot::Sender<Answer>) {
+        if position <= self.engine.durable() {
+            // A closed channel is a caller that hung up; what was committed stays.
+            drop(reply.send(answer));
+        } else {
+            self.gated.borrow_mut().push_back(Gated {
+                position,
+                answer,
+                reply,
+            });
         }
     }
 
@@ -337,7 +486,7 @@ impl Host {
     }
 
     /// The first stretch of a turn. If it awaits, a task takes it on.
-    fn start_turn(self: &Rc<Self>, object: &Rc<Object>, letter: Letter) {
+    fn start_turn(self: &Rc<Self>, object: &Rc<Object>, letter: Letter) -> Option<Finished> {
         let Letter { event, reply, .. } = letter;
         let mut running = None;
         let outcome = object.segment(&self.metrics, || {
@@ -356,7 +505,7 @@ impl Host {
             polled
         });
         match (outcome, running) {
-            (Poll::Ready(result), _) => self.finish(object, result, reply),
+            (Poll::Ready(result), _) => Some(Finished { result, reply }),
             (Poll::Pending, Some(turn)) => {
                 let number = self.flights.get();
                 self.flights.set(number + 1);
@@ -372,33 +521,10 @@ impl Host {
                     .flights
                     .borrow_mut()
                     .insert(number, task.abort_handle());
+                None
             }
             (Poll::Pending, None) => unreachable!("only a running turn is pending"),
         }
-    }
-
-    fn finish(
-        self: &Rc<Self>,
-        object: &Rc<Object>,
-        result: Result<Reply, Failure>,
-        reply: oneshot::Sender<Answer>,
-    ) {
-        let answer = match result {
-            Ok(Reply::Response(response)) => {
-                // From here on only the body keeps the object awake.
-                let awake = object.context.stay_awake();
-                Ok(Reply::Response(response.map(|body| body.held(awake))))
-            }
-            Ok(value) => Ok(value),
-            Err(Failure::Refused(problem)) => Err(problem),
-            Err(Failure::Reset(problem)) => {
-                warn!(object = %object.id(), class = %object.class.name(), reason = problem.detail, "object reset");
-                self.reset(object);
-                Err(problem)
-            }
-        };
-        // A closed channel is a caller that hung up; what was committed stays.
-        drop(reply.send(answer));
     }
 
     /// Replaces the object by a fresh one that starts from its last durable commit and inherits the
@@ -486,13 +612,20 @@ impl Future for Flight {
             object, host, turn, ..
         } = &mut *self;
         let outcome = object.segment(&host.metrics, || turn.as_mut().poll(cx));
-        let Poll::Ready(result) = outcome else {
-            return Poll::Pending;
-        };
-        if let Some(reply) = self.reply.take() {
-            self.host.finish(&self.object, result, reply);
+        let mut finished = Vec::new();
+        let pending = outcome.is_pending();
+        if let Poll::Ready(result) = outcome
+            && let Some(reply) = self.reply.take()
+        {
+            finished.push(Finished { result, reply });
         }
-        Poll::Ready(())
+        self.host.commit(&self.object, &mut finished);
+        self.host.engine.release();
+        if pending {
+            Poll::Pending
+        } else {
+            Poll::Ready(())
+        }
     }
 }
 

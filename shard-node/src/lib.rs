@@ -7,11 +7,15 @@
 //! [`class`]'s instance inside one transaction of the object's [`storage`]; the reply leaves once
 //! that transaction is durable.
 
+pub mod catalog;
+mod checkpoint;
 pub mod class;
 pub mod classes;
 pub mod clock;
+pub mod commit_log;
 pub mod config;
 pub mod data_dir;
+pub mod disk;
 pub mod host;
 pub mod metrics;
 pub mod node;

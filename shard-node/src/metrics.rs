@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use metrics::{
@@ -12,6 +13,8 @@ use metrics::{
 };
 use ops::metrics::Registry;
 use protocol::{ClassName, ErrorCode};
+
+use crate::storage::Logged;
 
 /// How a request ended: with an answer of the object, or refused by the system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -42,7 +45,11 @@ pub struct Metrics {
     pub mailbox_depth: Gauge,
     pub mailbox_refusals: Counter,
     pub commits: Counter,
-    pub commit_time: Histogram,
+    pub log_waits: Counter,
+    log_syncs: Counter,
+    log_bytes: Counter,
+    pub log_sync_time: Histogram,
+    log_live: Gauge,
     pub activations: Counter,
     pub evictions: Counter,
     pub resets: Counter,
@@ -69,7 +76,11 @@ impl Metrics {
             mailbox_depth: gauge!("shard_mailbox_depth", "worker" => worker.clone()),
             mailbox_refusals: counter!("shard_mailbox_refusals_total"),
             commits: counter!("shard_commits_total"),
-            commit_time: histogram!("shard_commit_seconds"),
+            log_waits: counter!("shard_log_waits_total"),
+            log_syncs: counter!("shard_log_syncs_total", "worker" => worker.clone()),
+            log_bytes: counter!("shard_log_bytes_total", "worker" => worker.clone()),
+            log_sync_time: histogram!("shard_log_sync_seconds"),
+            log_live: gauge!("shard_log_live_bytes", "worker" => worker),
             activations: counter!("shard_activations_total"),
             evictions: counter!("shard_evictions_total"),
             resets: counter!("shard_object_resets_total"),
@@ -94,6 +105,15 @@ impl Metrics {
         });
         handles.total.increment(1);
         handles.seconds.record(took.as_secs_f64());
+    }
+
+    /// Publishes what the log of this worker counted.
+    pub fn log(&self, engine: &Logged) {
+        let stats = engine.stats();
+        self.log_syncs
+            .absolute(stats.groups.load(Ordering::Relaxed));
+        self.log_bytes.absolute(stats.bytes.load(Ordering::Relaxed));
+        self.log_live.set(engine.live_bytes() as f64);
     }
 
     /// Objects of `class` in memory.
@@ -134,7 +154,23 @@ fn describe() {
         "Requests refused because a mailbox was full, or waited too long in one"
     );
     describe_counter!("shard_commits_total", "Turns that wrote, made durable");
-    describe_histogram!("shard_commit_seconds", "Time of one commit");
+    describe_counter!(
+        "shard_log_syncs_total",
+        "Syncs of the commit log; each makes a group of commits durable"
+    );
+    describe_counter!("shard_log_bytes_total", "Bytes written to the commit log");
+    describe_histogram!(
+        "shard_log_sync_seconds",
+        "Time to write and sync one group of commits"
+    );
+    describe_gauge!(
+        "shard_log_live_bytes",
+        "Bytes of the commit log that recovery would read"
+    );
+    describe_counter!(
+        "shard_log_waits_total",
+        "Times a worker ran no turns because the commit log, or its checkpoint, was behind"
+    );
     describe_counter!("shard_activations_total", "Objects loaded into memory");
     describe_counter!("shard_evictions_total", "Objects that left memory");
     describe_counter!(

@@ -3,27 +3,27 @@
 use std::error::Error;
 use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
-use std::num::NonZeroU32;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use ops::admin::{self, Admin, Page};
 use ops::config::{ConfigError, non_empty};
 use ops::metrics::Registry;
-use ops::process::{self, Order, Signals};
+use ops::process::{self, Signals};
 use protocol::Ring;
 use tokio::sync::watch;
 use tracing::info;
 
 use crate::classes::Classes;
 use crate::clock::SystemClock;
-use crate::config::{Args, Config, ObjectsConfig};
+use crate::config::{Args, Config};
 use crate::data_dir::{DataDir, DataDirError};
 use crate::host::HostConfig;
-use crate::worker::Worker;
+use crate::storage::logged::OpenError;
+use crate::worker::{Order, Worker};
 
 /// Why a node did not start.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +42,8 @@ pub enum StartError {
     Address { address: String, source: io::Error },
     #[error("start worker {worker}")]
     Thread { worker: u16, source: io::Error },
+    #[error("recover worker {worker}")]
+    Recover { worker: u16, source: OpenError },
 }
 
 /// A running node. Dropping it without [`shut_down`](Self::shut_down) leaves the threads running.
@@ -49,7 +51,7 @@ pub struct Node {
     ring: Arc<Ring>,
     addresses: Vec<SocketAddr>,
     registry: Arc<Registry>,
-    stop: watch::Sender<bool>,
+    order: watch::Sender<Order>,
     threads: Vec<JoinHandle<()>>,
     /// Released last.
     data_dir: DataDir,
@@ -72,10 +74,13 @@ impl Node {
             })?;
         let ring = Arc::new(config.ring(addresses.iter().map(ToString::to_string).collect())?);
         let registry = Arc::new(Registry::default());
-        let (stop, stopped) = watch::channel(false);
+        let (order, orders) = watch::channel(Order::Recover);
+        let disk = data_dir.disk()?;
+        let mut orphans = data_dir.workers_from(config.worker_count())?;
+        let mut recovering = Vec::new();
         let host = HostConfig {
             mailbox: config.mailbox.clone(),
-            objects: within_descriptors(&config.objects, config.worker_count()),
+            objects: config.objects.clone(),
             sql: Arc::new(config.sql.clone()),
         };
         let mut threads = Vec::with_capacity(listeners.len());
@@ -85,6 +90,8 @@ impl Node {
                 .iter()
                 .position(|worker| worker.node == config.name && worker.index == number)
                 .expect("validate() made sure that the ring has all workers of this node");
+            let (recovered, told) = mpsc::sync_channel(1);
+            recovering.push((number, told));
             let worker = Worker {
                 number,
                 me,
@@ -97,7 +104,11 @@ impl Node {
                 clock: Arc::new(SystemClock),
                 registry: Arc::clone(&registry),
                 drain_max: config.drain_max,
-                stop: stopped.clone(),
+                disk: Arc::clone(&disk),
+                log: config.log.clone(),
+                orphans: std::mem::take(&mut orphans),
+                recovered,
+                order: orders.clone(),
             };
             let thread = worker.spawn().map_err(|source| StartError::Thread {
                 worker: number,
@@ -105,12 +116,20 @@ impl Node {
             })?;
             threads.push(thread);
         }
+        for (worker, told) in recovering {
+            // A worker that ends without a word has aborted the process.
+            if let Ok(Err(source)) = told.recv() {
+                return Err(StartError::Recover { worker, source });
+            }
+        }
+        process::raise_descriptor_limit();
+        order.send_replace(Order::Serve);
         info!(node = config.name, workers = threads.len(), data_dir = %data_dir.path().display(), "node started");
         Ok(Self {
             ring,
             addresses,
             registry,
-            stop,
+            order,
             threads,
             data_dir,
         })
@@ -145,38 +164,13 @@ impl Node {
     /// Takes at most `drain_max` and the time of the closing. Blocks.
     pub fn shut_down(self) {
         // Workers hold the receivers; if all are gone there is nobody to tell.
-        self.stop.send_replace(true);
+        self.order.send_replace(Order::Stop);
         for thread in self.threads {
             if let Err(panic) = thread.join() {
                 std::panic::resume_unwind(panic);
             }
         }
         drop(self.data_dir);
-    }
-}
-
-/// Descriptors that an awake object may hold: its database, the log beside it, and one in between.
-const DESCRIPTORS_PER_OBJECT: u64 = 3;
-
-/// Lowers `awake_max` to what the process may open, leaving a quarter for connections: to run out of
-/// descriptors would refuse requests that an eviction could have served.
-fn within_descriptors(config: &ObjectsConfig, workers: u16) -> ObjectsConfig {
-    let limit = process::raise_descriptor_limit();
-    let room = limit / 4 * 3 / DESCRIPTORS_PER_OBJECT / u64::from(workers);
-    let room = u32::try_from(room).unwrap_or(u32::MAX).max(1);
-    if room < config.awake_max.get() {
-        info!(
-            limit,
-            awake_max = config.awake_max,
-            room,
-            "objects.awake_max lowered to what the limit of open files allows per worker"
-        );
-    }
-    ObjectsConfig {
-        awake_max: config
-            .awake_max
-            .min(NonZeroU32::new(room).expect("at least 1")),
-        ..config.clone()
     }
 }
 
@@ -264,7 +258,7 @@ async fn serve(config: &Config) -> Result<(), Box<dyn Error + Send + Sync>> {
         "ready http://{} admin http://{admin_address}",
         node.addresses()[0]
     ));
-    while signals.next().await == Order::Reload {
+    while signals.next().await == process::Order::Reload {
         info!("nothing to reload: a node has no routes");
     }
     info!("stopping");

@@ -78,8 +78,8 @@ impl Object {
         Ok(instance)
     }
 
-    /// Runs one stretch of a turn as one transaction: committed when `f` awaits or succeeds, rolled
-    /// back when it fails or panics. On return of a success its writes are durable.
+    /// Runs one stretch of a turn: atomic, rolled back alone when it fails or panics. What it wrote
+    /// counts when [`commit`](Self::commit) has succeeded.
     pub(crate) fn segment<T>(
         &self,
         metrics: &Metrics,
@@ -96,12 +96,8 @@ impl Object {
             Ok(Poll::Ready(Err(error))) => return self.undo(Failure::Refused(error.problem())),
             Err(panic) => return self.undo(Failure::Reset(panicked(panic.as_ref()))),
         };
-        let begun = Instant::now();
-        match storage.commit() {
-            Ok(true) => {
-                metrics.commits.increment(1);
-                metrics.commit_time.record(begun.elapsed().as_secs_f64());
-            }
+        match storage.end_segment() {
+            Ok(true) => metrics.commits.increment(1),
             Ok(false) => {}
             // The instance may remember what its database does not.
             Err(error) => {
@@ -109,6 +105,18 @@ impl Object {
             }
         }
         outcome.map(Ok)
+    }
+
+    /// Commits what the stretches since the last commit wrote. Replies may leave when the log is durable
+    /// up to the storage's gate.
+    ///
+    /// # Errors
+    /// None of them counts, and the object must be reset.
+    pub(crate) fn commit(&self) -> Result<(), Problem> {
+        match self.context.storage().commit() {
+            Ok(_) => Ok(()),
+            Err(error) => Err(ClassError::from(error).problem()),
+        }
     }
 
     fn undo<T>(&self, failure: Failure) -> Poll<Result<T, Failure>> {

@@ -3,33 +3,41 @@
 //! A [`Storage`] belongs to one object and one thread. Everything written between
 //! [`begin_segment`](Storage::begin_segment) and [`commit`](Storage::commit) is one transaction,
 //! begun at the first write; the object host calls these around each stretch of a handler that runs
-//! without awaiting. How a database file is opened and when a commit is durable is the business of
-//! an [`Engine`]: that seam is all that a faster storage has to replace.
+//! without awaiting. Several stretches may share one SQLite transaction, each in a savepoint
+//! ([`end_segment`](Storage::end_segment)). How a database is opened and when a commit is durable is
+//! the business of an [`Engine`]: [`Logged`] in a node, [`PlainFiles`] to compare it with.
 
 mod authorizer;
 mod config;
 mod functions;
 mod kv;
+pub mod logged;
+pub(crate) mod overlay;
 mod plain_files;
 mod sql;
 mod statements;
+pub(crate) mod vfs;
 
 use std::cell::{Cell, OnceCell, RefCell, RefMut};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Waker;
 use std::time::Duration;
 
-use protocol::{ClassName, ObjectId, ObjectName, ShardId};
+use protocol::{ClassName, LogPosition, ObjectId, ObjectName, ShardId};
 use rusqlite::limits::Limit;
 use rusqlite::{Connection, Statement};
 
 pub use config::SqlConfig;
 pub use kv::{BATCH_KEYS_MAX, Entry, KEY_BYTES_MAX, KvError, ListOptions};
+pub use logged::{LogConfig, Logged};
 pub use plain_files::PlainFiles;
 /// One SQL value: NULL, a 64-bit integer, a real, a text or a blob.
 pub use rusqlite::types::Value as SqlValue;
 pub use sql::Rows;
 
+use crate::commit_log::LogFailure;
+use crate::commit_log::record::Named;
 use authorizer::Guard;
 
 /// Tables of ours in every object's database begin with this; SQL of classes cannot touch them.
@@ -60,6 +68,9 @@ pub enum StorageError {
     /// The database could not be opened, read or written. The object must be reset.
     #[error("database of {object} failed: {message}")]
     Broken { object: ObjectId, message: String },
+    /// The commit log cannot be written. Reads still work; writes do again when the disk does.
+    #[error("nothing can be written, because the commit log failed: {0}")]
+    LogFailed(String),
     #[error(transparent)]
     Kv(#[from] KvError),
 }
@@ -73,19 +84,93 @@ pub struct Identity {
     pub shard: ShardId,
 }
 
-/// Opens databases and makes their commits durable. One per worker.
+impl StorageError {
+    pub(crate) fn log(failure: &LogFailure) -> Self {
+        if failure.disk_full {
+            Self::Full(format!(
+                "the disk of the commit log is full: {}",
+                failure.message
+            ))
+        } else {
+            Self::LogFailed(failure.message.to_string())
+        }
+    }
+}
+
+/// Opens databases and makes their commits durable. One per worker, on its thread.
 pub trait Engine {
-    /// The database of an object that has written before, or `None`.
-    fn open(&self, object: &Identity) -> rusqlite::Result<Option<Connection>>;
+    /// The database of an object; empty if it never wrote.
+    fn open(&self, object: &Identity) -> rusqlite::Result<Opened>;
 
-    /// The database of an object that is about to write for the first time.
-    fn create(&self, object: &Identity) -> rusqlite::Result<Connection>;
+    /// Whether a write that begins now can become durable.
+    fn check_writable(&self) -> Result<(), StorageError> {
+        Ok(())
+    }
 
-    /// Ends the open transaction, with [`commit_statement`]. On return the commit is durable.
-    fn commit(&self, connection: &Connection) -> rusqlite::Result<()>;
+    /// All commits that end at or before this position survive a loss of power.
+    fn durable(&self) -> LogPosition {
+        LogPosition(u64::MAX)
+    }
+
+    /// Wakes when the log is durable up to `position`, or failed.
+    fn wake_at(&self, _position: LogPosition, waker: &Waker) {
+        waker.wake_by_ref();
+    }
+
+    /// The worker has nothing else to do at once: what was committed may be written.
+    fn release(&self) {}
+
+    /// So much waits for the disk that no turn should begin.
+    fn is_full(&self) -> bool {
+        false
+    }
+
+    /// Something happened to the log or the files. If commits were lost: why, and the objects that must
+    /// be reset to what is durable.
+    fn advance(&self) -> Option<(StorageError, Vec<ObjectId>)> {
+        None
+    }
+
+    /// Housekeeping, ten times a second.
+    fn tick(&self) {}
+}
+
+/// An open database.
+pub struct Opened {
+    pub connection: Connection,
+    pub handle: Box<dyn Handle>,
+}
+
+impl Opened {
+    pub fn close(self) {
+        self.handle.close(self.connection);
+    }
+}
+
+/// What an engine knows of a database that is open.
+pub trait Handle {
+    /// Ends the open transaction, with [`commit_statement`]. The commit is durable when
+    /// [`Engine::durable`] reaches the position; `None` if nothing had changed.
+    fn commit(&self, connection: &Connection) -> rusqlite::Result<Option<LogPosition>>;
+
+    /// The transaction was rolled back.
+    fn rolled_back(&self) {}
+
+    /// Where the last commit of this database ends.
+    fn last_commit(&self) -> LogPosition {
+        LogPosition::ZERO
+    }
+
+    /// `false` if the database is known to be empty.
+    fn is_stored(&self) -> bool {
+        true
+    }
+
+    /// Whose database it is; if that is `new`, the next commit tells the catalog.
+    fn identify(&self, _named: Named, _new: bool) {}
 
     /// The object leaves memory. If it never committed anything, nothing of it may stay.
-    fn close(&self, object: &Identity, connection: Connection);
+    fn close(self: Box<Self>, connection: Connection);
 }
 
 /// `COMMIT`, for engines.
@@ -107,14 +192,22 @@ pub struct Storage {
     /// The object left memory; another copy of it may have the database open.
     closed: Cell<bool>,
     segment: Cell<Segment>,
+    /// Writes of an earlier stretch are in the open transaction.
+    batch: Cell<bool>,
+    /// They were, and are gone.
+    batch_lost: Cell<bool>,
+    /// Writes inside a call of [`unconfirmed`](Self::unconfirmed) do not hold replies.
+    unconfirmed: Cell<bool>,
+    /// The open transaction has a write that does.
+    confirm: Cell<bool>,
+    /// Replies wait until the log is durable up to here.
+    gate: Cell<LogPosition>,
 }
 
 /// An open connection.
 struct Open {
     connection: Connection,
-    /// There is a file. Until the first write the connection is an empty database in memory, so that
-    /// an object that is only read leaves nothing behind.
-    file: bool,
+    handle: Box<dyn Handle>,
     /// The identity record in the database says all we know.
     identified: Cell<bool>,
     /// The table of key-value pairs is there.
@@ -125,8 +218,10 @@ struct Open {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Segment {
     Clean,
-    /// A transaction is open.
+    /// A transaction is open, begun by this stretch.
     Writing,
+    /// A savepoint is open, because an earlier stretch wrote in this transaction.
+    Nested,
 }
 
 impl Storage {
@@ -144,6 +239,11 @@ impl Storage {
             open: RefCell::new(None),
             closed: Cell::new(false),
             segment: Cell::new(Segment::Clean),
+            batch: Cell::new(false),
+            batch_lost: Cell::new(false),
+            unconfirmed: Cell::new(false),
+            confirm: Cell::new(false),
+            gate: Cell::new(LogPosition::ZERO),
         }
     }
 
@@ -184,12 +284,39 @@ impl Storage {
         self.writing(|connection| prepare_ours(connection, sql)?.raw_execute().map(drop))
     }
 
+    /// Writes that `f` makes do not hold replies back: they may be lost after somebody was told of them
+    /// (Cloudflare's `allowUnconfirmed`). If they are, the object is reset all the same.
+    pub fn unconfirmed<R>(&self, f: impl FnOnce() -> R) -> R {
+        let before = self.unconfirmed.replace(true);
+        let result = f();
+        self.unconfirmed.set(before);
+        result
+    }
+
+    /// Whether all that replies could tell is durable. If not, `waker` is woken when that may have
+    /// changed.
+    pub fn is_durable(&self, waker: &Waker) -> bool {
+        let gate = self.gate.get();
+        let durable = self.engine.durable() >= gate;
+        if !durable {
+            self.engine.wake_at(gate, waker);
+        }
+        durable
+    }
+
+    /// This copy of the object left memory.
+    pub fn is_closed(&self) -> bool {
+        self.closed.get()
+    }
+
+    /// Replies of this object wait until the log is durable up to here.
+    pub fn gate(&self) -> LogPosition {
+        self.gate.get()
+    }
+
     /// Bytes of the database, free pages included; 0 if the object never wrote.
     pub fn database_bytes(&self) -> Result<u64, StorageError> {
         let open = self.open()?;
-        if !open.file {
-            return Ok(0);
-        }
         let pragma = |name: &str| {
             let found = open
                 .connection
@@ -198,6 +325,13 @@ impl Storage {
         };
         let bytes = pragma("page_count")? * pragma("page_size")?;
         Ok(u64::try_from(bytes).unwrap_or(0))
+    }
+
+    /// Bytes of memory that the open database takes in SQLite; 0 if it is not open.
+    pub fn memory_bytes(&self) -> usize {
+        let open = self.open.borrow();
+        open.as_ref()
+            .map_or(0, |open| vfs::memory(&open.connection))
     }
 
     pub fn shard(&self) -> ShardId {
@@ -215,48 +349,110 @@ impl Storage {
         self.guard.restart_clock();
     }
 
-    /// The stretch is over and went well: what it wrote becomes durable, or an error says that it is
-    /// gone. `true` if there was anything to commit.
-    pub fn commit(&self) -> Result<bool, StorageError> {
-        if self.segment.get() == Segment::Clean {
-            return Ok(false);
+    /// The stretch is over and went well. What it wrote stays in the transaction, which the next
+    /// stretches may share, until [`commit`](Self::commit). `true` if it wrote anything.
+    ///
+    /// # Errors
+    /// The transaction is gone, with what earlier stretches wrote in it.
+    pub fn end_segment(&self) -> Result<bool, StorageError> {
+        match self.segment.get() {
+            Segment::Clean => return Ok(false),
+            Segment::Writing => {}
+            Segment::Nested => self.savepoint("RELEASE _dormouse_turn")?,
         }
-        let open = self.open.borrow();
-        let connection = &open
-            .as_ref()
-            .expect("a transaction has a connection")
-            .connection;
-        if connection.is_autocommit() {
-            // SQLite rolled back by itself: disk full, interrupted, out of memory.
-            self.segment.set(Segment::Clean);
-            return Err(StorageError::RolledBack);
-        }
-        let _trusted = self.guard.trusted();
-        let committed = self.engine.commit(connection);
-        if committed.is_err() {
-            drop(open);
-            self.rollback()?;
-        }
+        self.check_transaction()?;
         self.segment.set(Segment::Clean);
-        self.check(committed, 0)?;
+        self.batch.set(true);
         Ok(true)
     }
 
-    /// The stretch failed: nothing it wrote stays.
-    pub fn rollback(&self) -> Result<(), StorageError> {
-        if self.segment.replace(Segment::Clean) == Segment::Clean {
-            return Ok(());
+    /// Commits what the stretches since the last commit wrote. It is durable when the engine's log is
+    /// durable up to [`gate`](Self::gate). `true` if there was anything to commit.
+    ///
+    /// # Errors
+    /// Nothing of it was kept. The object must be reset, because its memory may say otherwise.
+    pub fn commit(&self) -> Result<bool, StorageError> {
+        if self.batch_lost.take() {
+            return Err(StorageError::RolledBack);
         }
+        if !self.end_segment()? && !self.batch.get() {
+            return Ok(false);
+        }
+        self.check_transaction()?;
         let open = self.open.borrow();
         let open = open.as_ref().expect("a transaction has a connection");
+        let trusted = self.guard.trusted();
+        let committed = open.handle.commit(&open.connection);
+        drop(trusted);
+        match self.check(committed, 0) {
+            Ok(position) => {
+                self.batch.set(false);
+                if self.confirm.take()
+                    && let Some(position) = position
+                {
+                    self.gate.set(position);
+                }
+                Ok(true)
+            }
+            Err(error) => {
+                self.roll_back_all(open)?;
+                self.batch_lost.set(false);
+                Err(error)
+            }
+        }
+    }
+
+    /// SQLite rolls back by itself when the disk is full, or a statement was interrupted or had no
+    /// memory. Then the whole transaction is gone.
+    fn check_transaction(&self) -> Result<(), StorageError> {
+        let open = self.open.borrow();
+        let open = open.as_ref().expect("a transaction has a connection");
+        if open.connection.is_autocommit() {
+            self.roll_back_all(open)?;
+            return Err(StorageError::RolledBack);
+        }
+        Ok(())
+    }
+
+    /// The stretch failed: nothing it wrote stays, and what earlier stretches wrote does.
+    ///
+    /// # Errors
+    /// [`StorageError::RolledBack`] if SQLite had rolled back all of it already.
+    pub fn rollback(&self) -> Result<(), StorageError> {
+        match self.segment.get() {
+            Segment::Clean => Ok(()),
+            Segment::Writing => {
+                let open = self.open.borrow();
+                self.roll_back_all(open.as_ref().expect("a transaction has a connection"))
+            }
+            Segment::Nested => {
+                self.check_transaction()?;
+                self.savepoint("ROLLBACK TO _dormouse_turn")?;
+                self.savepoint("RELEASE _dormouse_turn")?;
+                self.segment.set(Segment::Clean);
+                self.open()?.has_pairs.set(false);
+                Ok(())
+            }
+        }
+    }
+
+    fn roll_back_all(&self, open: &Open) -> Result<(), StorageError> {
+        self.segment.set(Segment::Clean);
+        if self.batch.take() {
+            self.batch_lost.set(true);
+        }
+        self.confirm.set(false);
         // The identity record may have been part of it.
         open.identified.set(false);
         open.has_pairs.set(false);
-        if open.connection.is_autocommit() {
-            return Ok(());
-        }
-        let _trusted = self.guard.trusted();
-        self.check(open.connection.execute_batch("ROLLBACK"), 0)
+        let rolled_back = if open.connection.is_autocommit() {
+            Ok(())
+        } else {
+            let _trusted = self.guard.trusted();
+            self.check(open.connection.execute_batch("ROLLBACK"), 0)
+        };
+        open.handle.rolled_back();
+        rolled_back
     }
 
     /// Closes the database, if it is open, for good: whatever of this copy of the object still runs
@@ -267,9 +463,8 @@ impl Storage {
             return;
         };
         self.segment.set(Segment::Clean);
-        if open.file {
-            self.engine.close(&self.identity, open.connection);
-        }
+        self.batch.set(false);
+        open.handle.close(open.connection);
     }
 
     /// Runs statements of ours that only read.
@@ -287,10 +482,7 @@ impl Storage {
         &self,
         f: impl FnOnce(&Connection) -> rusqlite::Result<T>,
     ) -> Result<T, StorageError> {
-        let mut open = self.open()?;
-        if !open.file {
-            self.create_file(&mut open)?;
-        }
+        let open = self.open()?;
         self.begin(&open)?;
         let _trusted = self.guard.trusted();
         self.check(f(&open.connection), 0)
@@ -314,28 +506,37 @@ impl Storage {
     }
 
     fn connect(&self) -> Result<Open, StorageError> {
-        let existing = self.check(self.engine.open(&self.identity), 0)?;
-        let file = existing.is_some();
-        let mut connection = match existing {
-            Some(connection) => connection,
-            None => self.check(Connection::open_in_memory(), 0)?,
-        };
-        self.configure(&mut connection)?;
-        let identified = file && self.read_identity(&connection)?;
-        Ok(Open {
-            connection,
-            file,
-            identified: Cell::new(identified),
-            has_pairs: Cell::new(false),
-        })
+        let Opened {
+            mut connection,
+            handle,
+        } = self.check(self.engine.open(&self.identity), 0)?;
+        let prepared = self.configure(&mut connection).and_then(|()| {
+            // What an earlier copy of the object committed may not be durable yet.
+            self.gate.set(self.gate.get().max(handle.last_commit()));
+            Ok(handle.is_stored() && self.read_identity(&connection)?)
+        });
+        match prepared {
+            Ok(identified) => {
+                handle.identify(self.named(), false);
+                Ok(Open {
+                    connection,
+                    handle,
+                    identified: Cell::new(identified),
+                    has_pairs: Cell::new(false),
+                })
+            }
+            Err(error) => {
+                handle.close(connection);
+                Err(error)
+            }
+        }
     }
 
-    fn create_file(&self, open: &mut Open) -> Result<(), StorageError> {
-        let mut connection = self.check(self.engine.create(&self.identity), 0)?;
-        self.configure(&mut connection)?;
-        open.connection = connection;
-        open.file = true;
-        Ok(())
+    fn named(&self) -> Named {
+        Named {
+            class: self.identity.class.clone(),
+            name: self.name.get().cloned(),
+        }
     }
 
     fn begin_if_writing(&self, open: &Open, statement: &Statement<'_>) -> Result<(), StorageError> {
@@ -345,22 +546,32 @@ impl Storage {
         self.begin(open)
     }
 
+    /// A write is about to happen.
     fn begin(&self, open: &Open) -> Result<(), StorageError> {
-        if self.segment.get() == Segment::Writing {
-            if open.connection.is_autocommit() {
-                // What follows would be committed by itself, without what came before it.
-                return Err(StorageError::RolledBack);
+        if self.segment.get() == Segment::Clean {
+            self.engine.check_writable()?;
+            let (sql, segment) = if self.batch.get() {
+                ("SAVEPOINT _dormouse_turn", Segment::Nested)
+            } else {
+                ("BEGIN IMMEDIATE /* _dormouse_ */", Segment::Writing)
+            };
+            let trusted = self.guard.trusted();
+            let begun =
+                prepare_ours(&open.connection, sql).and_then(|mut begin| begin.raw_execute());
+            self.check(begun, 0)?;
+            self.segment.set(segment);
+            if !open.identified.get() {
+                self.write_identity(&open.connection)?;
+                open.handle.identify(self.named(), true);
+                open.identified.set(true);
             }
-            return Ok(());
+            drop(trusted);
+        } else if open.connection.is_autocommit() {
+            // What follows would be committed by itself, without what came before it.
+            return Err(StorageError::RolledBack);
         }
-        let _trusted = self.guard.trusted();
-        let begun = prepare_ours(&open.connection, "BEGIN IMMEDIATE /* _dormouse_ */")
-            .and_then(|mut begin| begin.raw_execute());
-        self.check(begun, 0)?;
-        self.segment.set(Segment::Writing);
-        if !open.identified.get() {
-            self.write_identity(&open.connection)?;
-            open.identified.set(true);
+        if !self.unconfirmed.get() {
+            self.confirm.set(true);
         }
         Ok(())
     }

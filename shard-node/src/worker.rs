@@ -3,8 +3,9 @@
 use std::io;
 use std::net::TcpListener;
 use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -14,18 +15,21 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use ops::Causes;
 use ops::metrics::Registry;
-use protocol::Ring;
+use protocol::{Ring, ShardId};
 use tokio::net::TcpStream;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::{JoinSet, LocalSet};
 use tracing::{debug, error, info, warn};
 
 use crate::classes::Classes;
 use crate::clock::Clock;
+use crate::commit_log::record::FileId;
+use crate::disk::Disk;
 use crate::host::{Host, HostConfig};
 use crate::metrics::Metrics;
 use crate::server::Server;
-use crate::storage::PlainFiles;
+use crate::storage::logged::{OpenError, Setup};
+use crate::storage::{LogConfig, Logged};
 
 /// How often idle objects are evicted and overdue requests answered.
 const TICK: Duration = Duration::from_millis(100);
@@ -42,13 +46,27 @@ pub(crate) struct Worker {
     pub(crate) ring: Arc<Ring>,
     pub(crate) classes: Classes,
     pub(crate) host: HostConfig,
-    pub(crate) data_dir: std::path::PathBuf,
+    pub(crate) data_dir: PathBuf,
+    pub(crate) disk: Arc<dyn Disk>,
+    pub(crate) log: LogConfig,
     pub(crate) token: Option<Arc<str>>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) drain_max: Duration,
-    /// Turns true when the node stops.
-    pub(crate) stop: watch::Receiver<bool>,
+    /// Logs of workers that the node no longer has; one of its workers writes them to the files.
+    pub(crate) orphans: Vec<u16>,
+    /// Told once that this worker has recovered, or why not.
+    pub(crate) recovered: mpsc::SyncSender<Result<(), OpenError>>,
+    pub(crate) order: watch::Receiver<Order>,
+}
+
+/// What a node tells its workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Order {
+    /// Others still recover: what they write to files may be what this worker will own.
+    Recover,
+    Serve,
+    Stop,
 }
 
 impl Worker {
@@ -62,11 +80,30 @@ impl Worker {
             .spawn(move || LocalSet::new().block_on(&runtime, self.run()))
     }
 
-    async fn run(self) {
-        let metrics = Rc::new(Metrics::new(self.registry, self.number));
+    async fn run(mut self) {
+        let progress = Arc::new(Notify::new());
+        let metrics = Rc::new(Metrics::new(Arc::clone(&self.registry), self.number));
+        let engine = match self.recover(&progress, &metrics) {
+            Ok(engine) => engine,
+            Err(error) => {
+                // The node, which waits for this, says what happened.
+                drop(self.recovered.send(Err(error)));
+                return;
+            }
+        };
+        drop(self.recovered.send(Ok(())));
+        // An order that never comes is a node that did not start.
+        if self
+            .order
+            .wait_for(|order| *order >= Order::Serve)
+            .await
+            .is_err()
+        {
+            return;
+        }
         let host = Host::new(
             self.host,
-            Rc::new(PlainFiles::new(&self.data_dir)),
+            Rc::new(engine.clone()),
             self.clock,
             Rc::clone(&metrics),
         );
@@ -76,18 +113,65 @@ impl Worker {
             me: self.me,
             classes: self.classes,
             token: self.token,
-            metrics,
+            metrics: Rc::clone(&metrics),
         });
-        let turns = tokio::task::spawn_local(or_abort(Rc::clone(&host).run()));
-        let ticks = tokio::task::spawn_local(or_abort(tick(Rc::clone(&host))));
+        let tasks = [
+            tokio::task::spawn_local(or_abort(Rc::clone(&host).run())),
+            tokio::task::spawn_local(or_abort(Rc::clone(&host).follow_log(progress))),
+            tokio::task::spawn_local(or_abort(tick(Rc::clone(&host), engine.clone(), metrics))),
+        ];
         match tokio::net::TcpListener::from_std(self.listener) {
-            Ok(listener) => accept(listener, server, self.stop, self.drain_max).await,
+            Ok(listener) => accept(listener, server, self.order, self.drain_max).await,
             Err(error) => warn!(error = %Causes(&error), "the listener cannot be used"),
         }
-        ticks.abort();
-        turns.abort();
+        for task in tasks {
+            task.abort();
+        }
         host.shut_down();
-        info!(worker = self.number, "stopped");
+        match engine.close() {
+            Ok(()) => info!(worker = self.number, "stopped"),
+            Err(error) => {
+                warn!(worker = self.number, error = %Causes(&error), "stopped; the log keeps what the files lack");
+            }
+        }
+    }
+
+    /// The engine, with what its log had. Objects that the ring gave to others since are written to
+    /// their files before anybody serves.
+    fn recover(&self, progress: &Arc<Notify>, metrics: &Metrics) -> Result<Logged, OpenError> {
+        for orphan in &self.orphans {
+            let engine = Logged::open(self.setup(*orphan, metrics), Arc::clone(progress))?;
+            engine.close().map_err(OpenError::Settle)?;
+            info!(
+                worker = orphan,
+                "the log of a worker that is no more was written to the files"
+            );
+        }
+        let engine = Logged::open(self.setup(self.number, metrics), Arc::clone(progress))?;
+        let mine = |(file, shard): &(FileId, ShardId)| {
+            shard.0 < self.ring.shards()
+                && self
+                    .ring
+                    .owner(file.home(), *shard)
+                    .is_ok_and(|owner| std::ptr::eq(owner, &self.ring.workers()[self.me]))
+        };
+        if engine.databases().iter().all(mine) {
+            return Ok(engine);
+        }
+        engine.close().map_err(OpenError::Settle)?;
+        Logged::open(self.setup(self.number, metrics), Arc::clone(progress))
+    }
+
+    fn setup(&self, worker: u16, metrics: &Metrics) -> Setup {
+        Setup {
+            disk: Arc::clone(&self.disk),
+            data_dir: self.data_dir.clone(),
+            worker,
+            log: self.log.clone(),
+            transaction_bytes_max: self.host.sql.transaction_bytes_max,
+            clock: Arc::clone(&self.clock),
+            sync_time: metrics.log_sync_time.clone(),
+        }
     }
 }
 
@@ -103,11 +187,20 @@ pub(crate) async fn or_abort<F: Future>(future: F) -> F::Output {
     }
 }
 
-async fn tick(host: Rc<Host>) {
+/// The same for a thread of ours.
+pub(crate) fn abort_on_panic(work: impl FnOnce()) {
+    if std::panic::catch_unwind(AssertUnwindSafe(work)).is_err() {
+        error!("an invariant is broken; the process stops");
+        std::process::abort()
+    }
+}
+
+async fn tick(host: Rc<Host>, engine: Logged, metrics: Rc<Metrics>) {
     let mut interval = tokio::time::interval(TICK);
     loop {
         interval.tick().await;
         host.tick();
+        metrics.log(&engine);
     }
 }
 
@@ -115,11 +208,11 @@ async fn tick(host: Rc<Host>) {
 async fn accept(
     listener: tokio::net::TcpListener,
     server: Rc<Server>,
-    mut stop: watch::Receiver<bool>,
+    mut order: watch::Receiver<Order>,
     drain_max: Duration,
 ) {
     let mut connections = JoinSet::new();
-    let told = stop.clone();
+    let told = order.clone();
     // One line per bout of failures, not one per try.
     let mut failing = false;
     loop {
@@ -139,7 +232,7 @@ async fn accept(
                 }
             },
             Some(_) = connections.join_next() => {}
-            _ = stop.wait_for(|stop| *stop) => break,
+            _ = order.wait_for(|order| *order == Order::Stop) => break,
         }
     }
     drop(listener);
@@ -154,7 +247,7 @@ async fn accept(
     }
 }
 
-async fn connection(stream: TcpStream, server: Rc<Server>, mut stop: watch::Receiver<bool>) {
+async fn connection(stream: TcpStream, server: Rc<Server>, mut order: watch::Receiver<Order>) {
     // Small answers must not wait for the acknowledgement of earlier ones.
     if let Err(error) = stream.set_nodelay(true) {
         debug!(error = %Causes(&error), "TCP_NODELAY");
@@ -171,7 +264,7 @@ async fn connection(stream: TcpStream, server: Rc<Server>, mut stop: watch::Rece
     let served = loop {
         tokio::select! {
             served = connection.as_mut() => break served,
-            _ = stop.wait_for(|stop| *stop), if !stopping => {
+            _ = order.wait_for(|order| *order == Order::Stop), if !stopping => {
                 stopping = true;
                 connection.as_mut().graceful_shutdown();
             }

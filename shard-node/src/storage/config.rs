@@ -15,6 +15,9 @@ pub struct SqlConfig {
     pub turn_time_max: Duration,
     /// Size of one object's database. At the limit writes fail with `storage_full`; reads still work.
     pub database_bytes_max: u64,
+    /// Bytes of pages that one turn may write; it is held in memory until it is in the commit log.
+    /// Beyond it the turn fails with `storage_full`.
+    pub transaction_bytes_max: u64,
     /// One text, blob or row; also key plus value of a key-value pair.
     pub value_bytes_max: u32,
     pub statement_bytes_max: u32,
@@ -30,6 +33,7 @@ impl Default for SqlConfig {
         Self {
             turn_time_max: Duration::from_secs(5),
             database_bytes_max: 10 << 30,
+            transaction_bytes_max: 128 << 20,
             value_bytes_max: 2 << 20,
             statement_bytes_max: 100 << 10,
             columns_max: 100,
@@ -78,6 +82,12 @@ impl SqlConfig {
             return Err(format!(
                 "sql.database_bytes_max = {} must be at least 1 MiB",
                 self.database_bytes_max
+            ));
+        }
+        if !((4 << 20)..=(1 << 30)).contains(&self.transaction_bytes_max) {
+            return Err(format!(
+                "sql.transaction_bytes_max = {} must be from 4 MiB to 1 GiB",
+                self.transaction_bytes_max
             ));
         }
         if self.turn_time_max < Duration::from_millis(1)

@@ -5,11 +5,11 @@
 
 use std::path::{Path, PathBuf};
 
-use protocol::ObjectId;
+use protocol::{LogPosition, ObjectId};
 use rusqlite::{Connection, OpenFlags};
 use tracing::warn;
 
-use super::{Engine, Identity, commit_statement};
+use super::{Engine, Handle, Identity, Opened, commit_statement};
 
 /// Files under `data/shards/{shard}/{2 hex}/{id}.db`.
 #[derive(Debug)]
@@ -50,29 +50,28 @@ impl PlainFiles {
 const DIGEST_AT: usize = 8;
 
 impl Engine for PlainFiles {
-    fn open(&self, object: &Identity) -> rusqlite::Result<Option<Connection>> {
-        let path = self.path(object);
-        match std::fs::metadata(&path) {
-            Ok(_) => Self::connect(&path).map(Some),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(cannot_open(object.id, &error)),
-        }
-    }
-
-    fn create(&self, object: &Identity) -> rusqlite::Result<Connection> {
+    fn open(&self, object: &Identity) -> rusqlite::Result<Opened> {
         let path = self.path(object);
         let directory = path.parent().expect("a file lies in a directory");
         if !directory.exists() {
             create_synced(directory, 3).map_err(|error| cannot_open(object.id, &error))?;
         }
-        Self::connect(&path)
+        Ok(Opened {
+            connection: Self::connect(&path)?,
+            handle: Box::new(PlainFile(path)),
+        })
+    }
+}
+
+struct PlainFile(PathBuf);
+
+impl Handle for PlainFile {
+    fn commit(&self, connection: &Connection) -> rusqlite::Result<Option<LogPosition>> {
+        commit_statement(connection)?;
+        Ok(Some(LogPosition::ZERO))
     }
 
-    fn commit(&self, connection: &Connection) -> rusqlite::Result<()> {
-        commit_statement(connection)
-    }
-
-    fn close(&self, object: &Identity, connection: Connection) {
+    fn close(self: Box<Self>, connection: Connection) {
         // The first commit of an object records who it is: without a table, there was no commit.
         let empty = connection
             .query_row(
@@ -81,13 +80,14 @@ impl Engine for PlainFiles {
                 |row| row.get(0),
             )
             .unwrap_or(false);
+        let path = self.0.display();
         if let Err((_, error)) = connection.close() {
             // Every commit is in the write-ahead log; the next open reads it.
-            warn!(object = %object.id, %error, "closing a database failed");
+            warn!(%path, %error, "closing a database failed");
             return;
         }
-        if empty && let Err(error) = std::fs::remove_file(self.path(object)) {
-            warn!(object = %object.id, %error, "removing an empty database failed");
+        if empty && let Err(error) = std::fs::remove_file(&self.0) {
+            warn!(%path, %error, "removing an empty database failed");
         }
     }
 }

@@ -73,13 +73,7 @@ impl Storage {
         params: &[SqlValue],
         bytes_max: usize,
     ) -> Result<Rows, StorageError> {
-        let mut open = self.open()?;
-        if !open.file {
-            let writes = !self.check(open.connection.prepare(sql), at)?.readonly();
-            if writes {
-                self.create_file(&mut open)?;
-            }
-        }
+        let open = self.open()?;
         // The cache is keyed by text, and one of our own statements may have the same: text that names
         // a reserved table is authorized afresh each time.
         if self.guard.names_reserved() {

@@ -4,12 +4,15 @@ use proptest::prelude::*;
 use protocol::Home;
 
 use super::*;
+use crate::clock::SystemClock;
+use crate::disk::RealDisk;
 
 /// A database of its own, in a directory of its own.
 struct Fixture {
     dir: tempfile::TempDir,
     identity: Identity,
     config: SqlConfig,
+    engine: OnceCell<Logged>,
 }
 
 impl Fixture {
@@ -26,12 +29,35 @@ impl Fixture {
                 shard: ShardId(3),
             },
             config: SqlConfig::default(),
+            engine: OnceCell::new(),
         }
     }
 
+    fn engine(&self) -> &Logged {
+        self.engine.get_or_init(|| {
+            let setup = logged::Setup {
+                disk: Arc::new(RealDisk::new(self.dir.path()).unwrap()),
+                data_dir: self.dir.path().to_owned(),
+                worker: 0,
+                log: LogConfig::default(),
+                transaction_bytes_max: self.config.transaction_bytes_max,
+                clock: Arc::new(SystemClock),
+                sync_time: metrics::Histogram::noop(),
+            };
+            Logged::open(setup, Arc::default()).unwrap()
+        })
+    }
+
     fn open(&self) -> Storage {
-        let engine = Rc::new(PlainFiles::new(self.dir.path()));
+        let engine = Rc::new(self.engine().clone());
         Storage::new(self.identity.clone(), engine, Arc::new(self.config.clone()))
+    }
+
+    /// Stops the engine, as the node does: everything is in the files.
+    fn stop(&mut self) {
+        if let Some(engine) = self.engine.take() {
+            engine.close().unwrap();
+        }
     }
 
     fn files(&self) -> Vec<String> {
@@ -52,6 +78,7 @@ impl Fixture {
                 }
             }
         }
+        found.retain(|path| path.starts_with("shards") && !path.contains("catalog"));
         found.sort();
         found
     }
@@ -89,7 +116,7 @@ fn integers(rows: &Rows) -> Vec<i64> {
 
 #[test]
 fn an_object_that_only_reads_leaves_no_file() {
-    let fixture = Fixture::new();
+    let mut fixture = Fixture::new();
     let storage = fixture.open();
     assert_eq!(integers(&turn(&storage, "SELECT 1", &[]).unwrap()), [1]);
     assert_eq!(storage.kv_get("k").unwrap(), None);
@@ -97,23 +124,25 @@ fn an_object_that_only_reads_leaves_no_file() {
     assert_eq!(storage.database_bytes().unwrap(), 0);
     assert!(!storage.commit().unwrap(), "nothing to commit");
     drop(storage);
+    fixture.stop();
     assert_eq!(fixture.files(), [""; 0]);
 }
 
 #[test]
 fn a_write_that_is_rolled_back_leaves_no_file() {
-    let fixture = Fixture::new();
+    let mut fixture = Fixture::new();
     let storage = fixture.open();
     storage.begin_segment();
     storage.exec("CREATE TABLE t (a)", &[], MIB).unwrap();
     storage.rollback().unwrap();
     drop(storage);
+    fixture.stop();
     assert_eq!(fixture.files(), [""; 0]);
 }
 
 #[test]
 fn the_file_is_plain_sqlite_where_the_design_says() {
-    let fixture = Fixture::new();
+    let mut fixture = Fixture::new();
     let storage = fixture.open();
     turn(
         &storage,
@@ -122,6 +151,7 @@ fn the_file_is_plain_sqlite_where_the_design_says() {
     )
     .unwrap();
     drop(storage);
+    fixture.stop();
     let id = fixture.identity.id.to_string();
     let path = format!("shards/3/{}/{id}.db", &id[8..10]);
     assert_eq!(fixture.files(), [path.as_str()]);
@@ -174,6 +204,7 @@ fn a_name_learned_later_is_recorded_with_the_next_write() {
 fn a_file_of_another_object_is_refused() {
     let mut fixture = Fixture::new();
     turn(&fixture.open(), "CREATE TABLE t (a)", &[]).unwrap();
+    fixture.stop();
     let path = fixture.dir.path().join(&fixture.files()[0]);
     let other: ObjectName = "other".parse().unwrap();
     fixture.identity.id = ObjectId::named(&fixture.identity.class, Home::Global, &other);
@@ -190,25 +221,39 @@ fn a_file_of_another_object_is_refused() {
 }
 
 #[test]
-fn a_file_without_a_commit_is_that_of_an_object_that_never_wrote() {
-    let fixture = Fixture::new();
+fn an_empty_file_is_that_of_an_object_that_never_wrote() {
+    let mut fixture = Fixture::new();
     turn(&fixture.open(), "CREATE TABLE t (a)", &[]).unwrap();
+    fixture.stop();
     let path = fixture.dir.path().join(&fixture.files()[0]);
-    std::fs::remove_file(&path).unwrap();
-    // What a node leaves that dies between creating the file and its first commit.
-    let unborn = Connection::open(&path).unwrap();
-    unborn.pragma_update(None, "journal_mode", "WAL").unwrap();
-    drop(unborn);
+    std::fs::write(&path, "").unwrap();
     refused(&fixture.open(), "SELECT * FROM t", "no such table: t");
-    assert_eq!(fixture.files(), [""; 0], "it is cleaned up");
     turn(&fixture.open(), "CREATE TABLE t (a)", &[]).unwrap();
     assert_eq!(fixture.open().name().unwrap().unwrap().as_str(), "test");
 }
 
 #[test]
-fn a_damaged_file_is_an_error_and_stays_as_it_is() {
+fn the_plain_engine_keeps_what_was_committed() {
     let fixture = Fixture::new();
+    let open = || {
+        let engine = Rc::new(PlainFiles::new(fixture.dir.path()));
+        Storage::new(fixture.identity.clone(), engine, Arc::default())
+    };
+    turn(&open(), "SELECT 1", &[]).unwrap();
+    assert_eq!(fixture.files(), [""; 0]);
+    turn(&open(), "CREATE TABLE t (a); INSERT INTO t VALUES (1)", &[]).unwrap();
+    refused(&open(), "INSERT INTO t VALUES (2); nonsense", "syntax");
+    assert_eq!(
+        integers(&turn(&open(), "SELECT a FROM t", &[]).unwrap()),
+        [1]
+    );
+}
+
+#[test]
+fn a_damaged_file_is_an_error_and_stays_as_it_is() {
+    let mut fixture = Fixture::new();
     turn(&fixture.open(), "CREATE TABLE t (a)", &[]).unwrap();
+    fixture.stop();
     let path = fixture.dir.path().join(&fixture.files()[0]);
     std::fs::write(&path, [b'x'; 8192]).unwrap();
     assert!(matches!(
@@ -222,6 +267,7 @@ fn a_damaged_file_is_an_error_and_stays_as_it_is() {
             Err(StorageError::Broken { .. })
         ));
     }
+    fixture.stop();
     assert_eq!(std::fs::read(&path).unwrap(), [b'x'; 8192]);
 }
 
