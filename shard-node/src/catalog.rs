@@ -52,6 +52,16 @@ pub(crate) struct Note {
     pub(crate) used_ms: u64,
 }
 
+impl Note {
+    /// This note, and an older one of the same object.
+    pub(crate) fn merge(&mut self, older: Self) {
+        self.since = self.since.min(older.since);
+        self.first_ms = self.first_ms.min(older.first_ms);
+        self.used_ms = self.used_ms.max(older.used_ms);
+        self.named = self.named.take().or(older.named);
+    }
+}
+
 /// One object, as an operator sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Row {
@@ -75,13 +85,13 @@ pub(crate) struct Catalogs {
 pub(crate) type Connect<'a> = &'a dyn Fn(FileId) -> rusqlite::Result<Opened>;
 
 impl Catalogs {
-    /// Writes notes of one shard, in one transaction.
+    /// Writes notes of one shard, in one transaction; where its commit ends in the log.
     pub(crate) fn write(
         &self,
         catalog: FileId,
         notes: &[(FileId, Note)],
         connect: Connect<'_>,
-    ) -> rusqlite::Result<()> {
+    ) -> rusqlite::Result<LogPosition> {
         self.with(catalog, connect, |opened| {
             let connection = &opened.connection;
             let run = |sql| connection.prepare_cached(sql)?.raw_execute().map(drop);
@@ -96,7 +106,7 @@ impl Catalogs {
                 }
                 opened.handle.rolled_back();
             }
-            written
+            written.map(|()| opened.handle.last_commit())
         })
     }
 

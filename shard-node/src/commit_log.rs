@@ -75,6 +75,19 @@ struct Inner {
     segments: VecDeque<Header>,
 }
 
+impl Inner {
+    /// The first segment, if no record in it counts that is at or after `needed`. Never the last one.
+    fn first_before(&self, needed: LogPosition) -> Option<Header> {
+        let end = self
+            .segments
+            .iter()
+            .skip(1)
+            .map(|later| later.start)
+            .min()?;
+        (end <= needed).then(|| self.segments[0])
+    }
+}
+
 /// Whether the log can be written.
 #[derive(Debug, Clone)]
 pub(crate) enum State {
@@ -205,13 +218,12 @@ impl Log {
         inner.base.after(inner.pending.len())
     }
 
-    /// Where the oldest segment begins.
-    pub(crate) fn start(&self) -> LogPosition {
+    /// Bytes of the log that recovery would read, about.
+    pub(crate) fn live_bytes(&self) -> u64 {
         let inner = self.lock();
-        inner
-            .segments
-            .front()
-            .map_or(inner.base, |first| first.start)
+        let end = inner.base.after(inner.pending.len());
+        let start = inner.segments.iter().map(|segment| segment.start).min();
+        end.0 - start.unwrap_or(end).0.min(end.0)
     }
 
     /// Whether there is a segment whose records are all before `needed`.
@@ -242,12 +254,8 @@ impl Log {
         needed: LogPosition,
     ) -> io::Result<()> {
         loop {
-            let first = {
-                let inner = self.lock();
-                match inner.segments.get(1) {
-                    Some(second) if second.start <= needed => inner.segments[0],
-                    _ => return Ok(()),
-                }
+            let Some(first) = self.lock().first_before(needed) else {
+                return Ok(());
             };
             match disk.remove_file(&segment::path(directory, first.sequence)) {
                 // The last try got that far.
@@ -296,6 +304,14 @@ pub(crate) enum Work {
     /// Nothing came for a while: say in the log how far it is durable.
     Mark(LogPosition, Vec<u8>),
     End,
+}
+
+fn marker(inner: &mut Inner) -> Work {
+    let mut marker = Vec::new();
+    begin_group(&mut marker);
+    let begin = inner.base;
+    inner.base = begin.after(marker.len());
+    Work::Mark(begin, marker)
 }
 
 /// How long the writer waits before it tries a fresh segment again.
@@ -366,6 +382,9 @@ impl Writer {
                 }
                 State::Reopening(_) if !inner.closed => return Some(Work::Reopen),
                 _ if inner.closed => return Some(Work::End),
+                State::Open if !wait && !self.marked && inner.pending.is_empty() => {
+                    return Some(marker(&mut inner));
+                }
                 _ if !wait => return None,
                 _ => {}
             }
@@ -382,11 +401,7 @@ impl Writer {
                 inner = woken;
                 // Only between groups: a marker takes a place in the log like any other record.
                 if timeout.timed_out() && inner.pending.is_empty() {
-                    let mut marker = Vec::new();
-                    begin_group(&mut marker);
-                    let begin = inner.base;
-                    inner.base = begin.after(marker.len());
-                    return Some(Work::Mark(begin, marker));
+                    return Some(marker(&mut inner));
                 }
             }
         }
@@ -461,7 +476,7 @@ impl Writer {
             start,
             worker: self.worker,
         };
-        let segment = Segment::create(&*self.disk, &self.directory, header)?;
+        let segment = Segment::create(&*self.disk, &self.directory, header, self.segment_bytes)?;
         self.next_sequence += 1;
         self.log.add_segment(header);
         Ok(self.segment.insert(segment))

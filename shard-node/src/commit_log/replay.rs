@@ -74,11 +74,16 @@ pub(crate) fn replay(
         segments.pop();
     }
     let segments = headers(disk, segments)?;
-    let mut end = segments
-        .first()
-        .map_or(LogPosition::ZERO, |first| first.header.start);
+    let starts = segments.iter().map(|found| found.header.start);
+    let mut end = starts.min().unwrap_or_default();
     let mut torn_bytes = 0;
     for (index, found) in segments.iter().enumerate() {
+        // A later segment that begins before the end of this one makes the rest of this one void.
+        let later = segments[index + 1..].iter().map(|next| next.header.start);
+        let limit = later.chain(until).min();
+        if limit.is_some_and(|limit| limit <= found.header.start) {
+            continue;
+        }
         if found.header.start != end {
             return Err(damaged(
                 found,
@@ -87,8 +92,6 @@ pub(crate) fn replay(
                 "it begins elsewhere",
             ));
         }
-        let next = segments.get(index + 1).map(|next| next.header.start);
-        let limit = [next, until].into_iter().flatten().min();
         read_file(disk, &found.path, &mut bytes)?;
         let stop = Scan {
             found,

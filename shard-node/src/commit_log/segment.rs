@@ -10,8 +10,8 @@
 //! | 32 | 2 | worker |
 //! | 34 | 30 | 0 |
 //!
-//! A header is durable before the first record is written. Records of the segment before it count only
-//! up to the position in the header: whatever else that file holds was never acknowledged.
+//! A header is durable before the first record is written. Records of earlier segments count only up to
+//! the position in the header: whatever else those files hold was never acknowledged.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -25,8 +25,9 @@ pub(crate) const HEADER_BYTES: usize = 64;
 
 const MAGIC: [u8; 8] = *b"DORMLOG\n";
 
-/// Zeros are written this far ahead of the records, so that a sync has no new length to record.
-const ZERO_BYTES: usize = 1 << 20;
+/// Zeros are written this far ahead of the records, so that a sync has no new length to record; less in
+/// a segment that is shorter.
+const ZERO_BYTES: u64 = 1 << 20;
 
 /// What the header of a segment says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,27 +102,35 @@ pub(crate) struct Segment {
     /// Where the next record goes, and how far there are zeros.
     next: u64,
     zeroed: u64,
+    zeros: Vec<u8>,
     synced: bool,
 }
 
 impl Segment {
     /// Creates a segment, durably. A file of that name was never used and is replaced.
-    pub(crate) fn create(disk: &dyn Disk, directory: &Path, header: Header) -> io::Result<Self> {
+    pub(crate) fn create(
+        disk: &dyn Disk,
+        directory: &Path,
+        header: Header,
+        segment_bytes: u64,
+    ) -> io::Result<Self> {
         let path = path(directory, header.sequence);
         match disk.remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
         let file = disk.open(&path, Access::CreateNew)?;
-        let mut first = vec![0; ZERO_BYTES];
-        first[..HEADER_BYTES].copy_from_slice(&header.to_bytes());
-        file.write_all_at(&first, 0)?;
+        let zeros = usize::try_from(segment_bytes.min(ZERO_BYTES)).unwrap_or(0);
+        let zeros = vec![0; zeros.max(HEADER_BYTES)];
+        file.write_all_at(&zeros, 0)?;
+        file.write_all_at(&header.to_bytes(), 0)?;
         file.sync()?;
         disk.sync_dir(directory)?;
         Ok(Self {
             file,
             next: HEADER_BYTES as u64,
-            zeroed: ZERO_BYTES as u64,
+            zeroed: zeros.len() as u64,
+            zeros,
             synced: true,
         })
     }
@@ -137,8 +146,8 @@ impl Segment {
         self.synced = false;
         if end > self.zeroed {
             // Only what lies beyond the group: zeros under it would be written twice.
-            self.file.write_all_at(&vec![0; ZERO_BYTES], end)?;
-            self.zeroed = end + ZERO_BYTES as u64;
+            self.file.write_all_at(&self.zeros, end)?;
+            self.zeroed = end + self.zeros.len() as u64;
         }
         self.file.write_all_at(group, self.next)?;
         self.next = end;

@@ -1,0 +1,302 @@
+//! One database, as SQLite sees it: reads from memory or from its file, commits into the log.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use protocol::{Epoch, LogPosition, ShardId};
+use tracing::warn;
+use xxhash_rust::xxh3::Xxh3DefaultBuilder;
+
+use crate::catalog::{Note, USED_WITHIN_MILLIS};
+use crate::checkpoint;
+use crate::clock::Clock;
+use crate::commit_log::Log;
+use crate::commit_log::record::{CommitHead, CommitWriter, FileId, Named};
+use crate::disk::{Access, Disk, DiskFile};
+use crate::storage::overlay::{Overlay, Place};
+use crate::storage::vfs::{DatabaseFile, Failed, Read};
+
+/// Files that are open for reading, whatever the number of awake objects.
+const DESCRIPTORS_MAX: usize = 128;
+
+/// What databases need of their engine.
+pub(super) struct Core {
+    pub(super) disk: Arc<dyn Disk>,
+    pub(super) shards: PathBuf,
+    pub(super) log_directory: PathBuf,
+    pub(super) log: Log,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) transaction_bytes_max: u64,
+    pub(super) dirty: RefCell<VecDeque<(LogPosition, FileId)>>,
+    pub(super) notes: RefCell<HashMap<FileId, Note, Xxh3DefaultBuilder>>,
+    pub(super) descriptors: RefCell<Descriptors>,
+}
+
+/// Open files, the least recently used first.
+#[derive(Default)]
+pub(super) struct Descriptors(VecDeque<(FileId, Rc<dyn DiskFile>)>);
+
+/// One database: its pages in memory and its place in the log.
+pub(super) struct Database {
+    pub(super) id: FileId,
+    pub(super) shard: ShardId,
+    pub(super) core: Rc<Core>,
+    pub(super) overlay: RefCell<Overlay>,
+    /// Where its last commit begins and ends.
+    pub(super) last: Cell<(LogPosition, LogPosition)>,
+    /// Where its first commit is that its file lacks, and the same since the capture under way.
+    pub(super) first_unflushed: Cell<Option<LogPosition>>,
+    pub(super) since_capture: Cell<Option<LogPosition>>,
+    pub(super) capturing: Cell<bool>,
+    /// A connection has it.
+    pub(super) open: Cell<bool>,
+    /// Its last commits were lost with the log: nothing may be read from here any more.
+    pub(super) lost: Cell<bool>,
+    pub(super) named: RefCell<Option<Named>>,
+    /// The next commit tells class and name.
+    pub(super) tell_name: Cell<bool>,
+    /// Bytes that the transaction may write.
+    pub(super) room: Cell<u64>,
+    /// Size and last use that the catalog knows, or will.
+    pub(super) noted: Cell<(u64, u64)>,
+}
+
+impl Core {
+    /// Pages that a file has, and what the catalog should know of it.
+    pub(super) fn overlay_of_file(
+        &self,
+        id: FileId,
+        shard: ShardId,
+    ) -> io::Result<(Overlay, (u64, u64))> {
+        let path = checkpoint::path(&self.shards, shard, id);
+        let file: Rc<dyn DiskFile> = match self.disk.open(&path, Access::Read) {
+            Ok(file) => file.into(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok((Overlay::default(), (0, 0)));
+            }
+            Err(error) => return Err(error),
+        };
+        let status = file.status()?;
+        if status.bytes == 0 {
+            return Ok((Overlay::default(), (0, 0)));
+        }
+        let page_bytes = page_bytes(&*file)?;
+        // A last page that is not whole is damage; SQLite will say so.
+        let pages = status.bytes.div_ceil(page_bytes as u64);
+        let pages = u32::try_from(pages).map_err(io::Error::other)?;
+        self.descriptors.borrow_mut().keep(id, file);
+        Ok((
+            Overlay::of_file(page_bytes, pages),
+            (status.bytes, status.modified_ms),
+        ))
+    }
+
+    pub(super) fn read_file(
+        &self,
+        id: FileId,
+        shard: ShardId,
+        buffer: &mut [u8],
+        at: u64,
+    ) -> io::Result<usize> {
+        let kept = self.descriptors.borrow_mut().get(id);
+        let file = match kept {
+            Some(file) => file,
+            None => {
+                let path = checkpoint::path(&self.shards, shard, id);
+                let file: Rc<dyn DiskFile> = match self.disk.open(&path, Access::Read) {
+                    Ok(file) => file.into(),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+                    Err(error) => return Err(error),
+                };
+                self.descriptors.borrow_mut().keep(id, Rc::clone(&file));
+                file
+            }
+        };
+        file.read_at(buffer, at)
+    }
+}
+
+/// Where the header of a database has the size of its pages
+/// (<https://www.sqlite.org/fileformat.html#page_size>).
+const PAGE_SIZE_AT: u64 = 16;
+
+/// Bytes of a page of a database file.
+fn page_bytes(file: &dyn DiskFile) -> io::Result<usize> {
+    let mut field = [0; 2];
+    file.read_at(&mut field, PAGE_SIZE_AT)?;
+    Ok(match u16::from_be_bytes(field) {
+        1 => 65536,
+        bytes if bytes.is_power_of_two() && bytes >= 512 => bytes.into(),
+        // No database at all; SQLite says so when it sees the header.
+        _ => 4096,
+    })
+}
+
+impl Descriptors {
+    pub(super) fn get(&mut self, id: FileId) -> Option<Rc<dyn DiskFile>> {
+        let at = self.0.iter().rposition(|(known, _)| *known == id)?;
+        let entry = self.0.remove(at)?;
+        let file = Rc::clone(&entry.1);
+        self.0.push_back(entry);
+        Some(file)
+    }
+
+    pub(super) fn keep(&mut self, id: FileId, file: Rc<dyn DiskFile>) {
+        self.forget(id);
+        if self.0.len() >= DESCRIPTORS_MAX {
+            self.0.pop_front();
+        }
+        self.0.push_back((id, file));
+    }
+
+    pub(super) fn forget(&mut self, id: FileId) {
+        self.0.retain(|(known, _)| *known != id);
+    }
+}
+
+impl Database {
+    pub(super) fn is_dirty_since(&self, position: LogPosition) -> bool {
+        self.first_unflushed.get() == Some(position) || self.since_capture.get() == Some(position)
+    }
+
+    pub(super) fn rolled_back(&self) {
+        self.overlay.borrow_mut().rollback();
+        self.room.set(self.core.transaction_bytes_max);
+    }
+
+    /// Notes for the catalog what this commit changed of what it knows.
+    pub(super) fn note(&self, begin: LogPosition, end: LogPosition, now: u64, told_name: bool) {
+        let overlay = self.overlay.borrow();
+        let bytes = u64::from(overlay.committed_pages()) * overlay.page_bytes() as u64;
+        let (noted_bytes, noted_used) = self.noted.get();
+        if bytes == noted_bytes && now.saturating_sub(noted_used) < USED_WITHIN_MILLIS && !told_name
+        {
+            return;
+        }
+        self.noted.set((bytes, now));
+        let mut notes = self.core.notes.borrow_mut();
+        let note = notes.entry(self.id).or_insert_with(|| Note {
+            shard: self.shard,
+            since: begin,
+            until: end,
+            named: None,
+            bytes,
+            first_ms: now,
+            used_ms: now,
+        });
+        note.until = end;
+        note.bytes = bytes;
+        note.used_ms = note.used_ms.max(now);
+        note.named.clone_from(&self.named.borrow());
+    }
+}
+
+impl DatabaseFile for Database {
+    fn read(&self, buffer: &mut [u8], at: u64) -> Result<Read, Failed> {
+        if self.lost.get() {
+            return Err(Failed::Io);
+        }
+        let overlay = self.overlay.borrow();
+        let page_bytes = overlay.page_bytes() as u64;
+        if page_bytes == 0 {
+            return Ok(Read::BeyondTheEnd);
+        }
+        let number = u32::try_from(at / page_bytes + 1).map_err(|_| Failed::Io)?;
+        let within = usize::try_from(at % page_bytes).map_err(|_| Failed::Io)?;
+        match overlay.place(number) {
+            Place::Here(page) => {
+                let part = page.get(within..within + buffer.len()).ok_or(Failed::Io)?;
+                buffer.copy_from_slice(part);
+                Ok(Read::All)
+            }
+            Place::File => {
+                let read = self.core.read_file(self.id, self.shard, buffer, at);
+                match read {
+                    Ok(bytes) if bytes == buffer.len() => Ok(Read::All),
+                    Ok(_) => Ok(Read::BeyondTheEnd),
+                    Err(error) => {
+                        warn!(database = %self.id, %error, "a database could not be read");
+                        Err(Failed::Io)
+                    }
+                }
+            }
+            Place::Nowhere => Ok(Read::BeyondTheEnd),
+        }
+    }
+
+    fn write(&self, page: &[u8], at: u64) -> Result<(), Failed> {
+        let mut overlay = self.overlay.borrow_mut();
+        let known = overlay.page_bytes();
+        let whole = (known == 0 || known == page.len()) && at.is_multiple_of(page.len() as u64);
+        if !whole || self.lost.get() {
+            return Err(Failed::Io);
+        }
+        let number = at / page.len() as u64 + 1;
+        let number = u32::try_from(number).map_err(|_| Failed::Io)?;
+        let bytes = (overlay.written_bytes() + page.len()) as u64;
+        if bytes > self.room.get() && !overlay.has_written(number) {
+            // What undoes the transaction writes too, and must not fail.
+            self.room.set(2 * self.core.transaction_bytes_max);
+            return Err(Failed::Full);
+        }
+        overlay.write(number, page);
+        Ok(())
+    }
+
+    fn truncate(&self, bytes: u64) -> Result<(), Failed> {
+        let mut overlay = self.overlay.borrow_mut();
+        let page_bytes = overlay.page_bytes().max(1) as u64;
+        let pages = u32::try_from(bytes / page_bytes).map_err(|_| Failed::Io)?;
+        overlay.truncate(pages);
+        Ok(())
+    }
+
+    fn bytes(&self) -> u64 {
+        let overlay = self.overlay.borrow();
+        u64::from(overlay.pages()) * overlay.page_bytes() as u64
+    }
+
+    fn commit(&self) {
+        let mut overlay = self.overlay.borrow_mut();
+        if !overlay.is_written() {
+            return;
+        }
+        let now = self.core.clock.unix_millis();
+        let named = self.named.borrow();
+        let told_name = self.tell_name.take();
+        let head = CommitHead {
+            shard: self.shard,
+            epoch: Epoch::FIRST,
+            unix_millis: now,
+            previous: self.last.get().0,
+            file: self.id,
+            page_bytes: u32::try_from(overlay.page_bytes()).expect("at most 65536"),
+            pages: overlay.pages(),
+        };
+        let (begin, end) = self.core.log.append(|buffer| {
+            let named = named.as_ref().filter(|_| told_name);
+            let mut record = CommitWriter::begin(buffer, &head, named);
+            overlay.commit(&mut record);
+            record.finish();
+        });
+        drop(overlay);
+        drop(named);
+        self.last.set((begin, end));
+        let first = if self.capturing.get() {
+            &self.since_capture
+        } else {
+            &self.first_unflushed
+        };
+        if first.get().is_none() {
+            first.set(Some(begin));
+            self.core.dirty.borrow_mut().push_back((begin, self.id));
+        }
+        if !self.id.is_catalog() {
+            self.note(begin, end, now, told_name);
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! The world stops at every single operation of a scripted run, and at random ones of long runs.
+
+use std::fmt::Write;
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use shard_node::storage::StorageError;
+
+use crate::disk::{Crash, Fault, SimDisk};
+use crate::node::{Model, Node, OBJECTS, ROOT, database_files};
+
+const CREATE: &str = "CREATE TABLE IF NOT EXISTS t (id INTEGER PRIMARY KEY, v BLOB)";
+
+/// The script: everything that writes, syncs, creates or removes files happens in it.
+fn script(node: &mut Node) {
+    let create = "CREATE TABLE t (id INTEGER PRIMARY KEY, v BLOB)";
+    let insert = |id: i64, bytes: usize| {
+        format!("INSERT OR REPLACE INTO t VALUES ({id}, randomblob({bytes}))")
+    };
+    let steps: &[&dyn Fn(&mut Node)] = &[
+        &|node| run(node, 0, &[create, &insert(1, 10)]),
+        &|node| run(node, 1, &[&format!("{create}; {}", insert(1, 3000))]),
+        &|node| node.step(),
+        &|node| {
+            run(
+                node,
+                0,
+                &[
+                    &insert(2, 100),
+                    "INSERT INTO nonsense VALUES (1)",
+                    &insert(3, 5),
+                ],
+            )
+        },
+        &|node| node.settle(),
+        &|node| node.tick(10),
+        &|node| node.settle(),
+        &|node| run(node, 0, &["UPDATE t SET v = zeroblob(20) WHERE id = 1"]),
+        &|node| node.sleep(0),
+        &|node| node.sleep(1),
+        &|node| node.tick(1),
+        &|node| run(node, 0, &["UPDATE t SET v = zeroblob(21) WHERE id = 1"]),
+        &|node| node.settle(),
+        &|node| node.tick(1),
+        &|node| run(node, 2, &[create, &insert(7, 6000)]),
+        &|node| run(node, 1, &[&insert(2, 4000), &insert(3, 2000)]),
+        &|node| node.settle(),
+        &|node| run(node, 1, &["DELETE FROM t WHERE id <= 2"]),
+        &|node| run(node, 2, &["UPDATE t SET v = randomblob(5000)"]),
+        &|node| node.settle(),
+        &|node| node.tick(10),
+        &|node| node.settle(),
+        &|node| node.tick(1),
+        &|node| run(node, 3, &[create, &insert(1, 9000)]),
+        &|node| node.step(),
+        &|node| run(node, 3, &[&insert(1, 8000), &insert(2, 1)]),
+        &|node| node.settle(),
+        &|node| node.sleep_all(),
+        &|node| node.tick(1),
+        &|node| node.settle(),
+        &|node| node.tick(1),
+        &|node| node.settle(),
+        &|node| run(node, 0, &[&insert(9, 9)]),
+        &|node| node.settle(),
+    ];
+    for step in steps {
+        step(node);
+        if node.failed {
+            return;
+        }
+    }
+}
+
+/// A turn. If the disk does not work it may fail, and then the run is over.
+fn run(node: &mut Node, object: usize, turns: &[&str]) {
+    if let Err(error) = node.commit(object, turns) {
+        check_is_of_the_disk(&error);
+        node.failed = true;
+    }
+}
+
+fn check_is_of_the_disk(error: &StorageError) {
+    assert!(
+        matches!(
+            error,
+            StorageError::Broken { .. } | StorageError::Full(_) | StorageError::LogFailed(_)
+        ),
+        "{error}"
+    );
+}
+
+fn start(disk: SimDisk, model: Model, context: &str) -> Node {
+    Node::start(disk, model).unwrap_or_else(|error| panic!("{context}: {error:?}"))
+}
+
+/// Starts on what a crash left, checks it, works on, and stops cleanly.
+fn check_survivor(disk: SimDisk, model: Model, context: &str) {
+    let mut node = start(disk, model, context);
+    node.check(context);
+    node.check_catalog(context);
+    for object in 0..OBJECTS {
+        node.commit(
+            object,
+            &[CREATE, "INSERT INTO t (v) VALUES (randomblob(50))"],
+        )
+        .unwrap_or_else(|error| panic!("{context}: {error}"));
+    }
+    let (disk, model) = node.stop(context);
+    assert_eq!(database_files(&disk).len(), OBJECTS, "{context}");
+    let mut node = start(disk, model, context);
+    node.check(context);
+    node.check_catalog(context);
+}
+
+fn operations_of_the_script() -> u64 {
+    let disk = SimDisk::new(ROOT.as_ref());
+    let mut node = start(disk.clone(), Model::default(), "the script alone");
+    script(&mut node);
+    assert!(!node.failed, "the script alone fails nowhere");
+    assert!(node.model.acknowledged >= 10);
+    let operations = disk.operations();
+    let (_, model) = node.stop("the script alone");
+    assert_eq!(model.acknowledged, model.commits.len());
+    operations
+}
+
+#[test]
+fn no_crash_at_any_operation_loses_or_splits_a_commit() {
+    let operations = operations_of_the_script();
+    assert!(operations > 80, "{operations} are too few to mean anything");
+    for stop in 0..operations {
+        for crash in [
+            Crash::Process,
+            Crash::LoseAll,
+            Crash::KeepAll,
+            Crash::Torn(stop),
+            Crash::Torn(stop + 1_000_000),
+        ] {
+            let context = format!("stopped at operation {stop} of {operations}, {crash:?}");
+            let disk = SimDisk::new(ROOT.as_ref());
+            disk.set_faults(vec![Fault::Stop(stop)]);
+            let (disk, model) = match Node::start(disk.clone(), Model::default()) {
+                Ok(mut node) => {
+                    script(&mut node);
+                    node.crash(crash)
+                }
+                Err(_) => (disk.crash(crash), Model::default()),
+            };
+            check_survivor(disk, model, &context);
+        }
+    }
+}
+
+/// Recovery is interrupted at every operation of its own, and by a loss of power after a mere death of the
+/// process, which left data in the kernel that no sync has confirmed.
+#[test]
+fn no_crash_during_recovery_loses_or_splits_a_commit() {
+    let operations = operations_of_the_script();
+    for stop in (0..operations).step_by(7) {
+        for second in 0..12 {
+            for (first, then) in [
+                (Crash::Process, Crash::LoseAll),
+                (Crash::Process, Crash::Torn(stop * 31 + second)),
+                (Crash::Torn(stop), Crash::Torn(second)),
+            ] {
+                let context =
+                    format!("stopped at {stop}, {first:?}, recovery at {second}, {then:?}");
+                let disk = SimDisk::new(ROOT.as_ref());
+                disk.set_faults(vec![Fault::Stop(stop)]);
+                let Ok(mut node) = Node::start(disk.clone(), Model::default()) else {
+                    continue;
+                };
+                script(&mut node);
+                let (disk, model) = node.crash(first);
+                disk.set_faults(vec![Fault::Stop(second)]);
+                let (disk, model) = match Node::start(disk.clone(), model.clone()) {
+                    Ok(mut node) => {
+                        // What a client can read now is promised.
+                        node.check(&context);
+                        run(
+                            &mut node,
+                            0,
+                            &[CREATE, "INSERT INTO t (v) VALUES (randomblob(30))"],
+                        );
+                        node.settle();
+                        node.crash(then)
+                    }
+                    Err(_) => (disk.crash(then), model),
+                };
+                check_survivor(disk, model, &context);
+            }
+        }
+    }
+}
+
+/// Long random runs with many crashes each.
+#[test]
+fn random_runs_lose_and_split_nothing() {
+    let first: u64 = std::env::var("SIM_SEED")
+        .ok()
+        .map_or_else(|| rand::rng().random(), |seed| seed.parse().unwrap());
+    for seed in first..first + 24 {
+        println!("seed {seed}: run with SIM_SEED={seed}");
+        random_run(seed);
+    }
+}
+
+fn random_run(seed: u64) {
+    let mut random = SmallRng::seed_from_u64(seed);
+    let mut disk = SimDisk::new(ROOT.as_ref());
+    let mut model = Model::default();
+    for round in 0..12 {
+        let context = format!("seed {seed}, round {round}");
+        let mut node = start(disk, model, &context);
+        node.check(&context);
+        if random.random_ratio(1, 3) {
+            node.check_catalog(&context);
+        }
+        let stop = node.disk.operations() + random.random_range(0..120);
+        node.disk.set_faults(vec![Fault::Stop(stop)]);
+        for _ in 0..random.random_range(5..60) {
+            random_step(&mut node, &mut random);
+            if node.failed {
+                break;
+            }
+        }
+        if !node.failed && !node.disk.has_stopped() && random.random_ratio(1, 4) {
+            node.disk.set_faults(Vec::new());
+            (disk, model) = node.stop(&context);
+            continue;
+        }
+        let crash = match random.random_range(0..4) {
+            0 => Crash::Process,
+            1 => Crash::LoseAll,
+            2 => Crash::KeepAll,
+            _ => Crash::Torn(random.random()),
+        };
+        (disk, model) = node.crash(crash);
+    }
+    check_survivor(disk, model, &format!("seed {seed}, the end"));
+}
+
+pub(crate) fn random_step(node: &mut Node, random: &mut SmallRng) {
+    let object = random.random_range(0..OBJECTS);
+    match random.random_range(0..12) {
+        0..5 => {
+            let mut turns = Vec::new();
+            for _ in 0..random.random_range(1..4) {
+                turns.push(random_turn(random));
+            }
+            let turns: Vec<&str> = turns.iter().map(String::as_str).collect();
+            run(node, object, &turns);
+        }
+        5 => node.step(),
+        6 | 7 => node.settle(),
+        8 => node.sleep(object),
+        9 => node.tick(1),
+        10 => node.tick(10),
+        _ => {
+            if let Err(error) = node.read(object) {
+                check_is_of_the_disk(&error);
+                node.failed = true;
+            }
+        }
+    }
+}
+
+fn random_turn(random: &mut SmallRng) -> String {
+    let mut sql = "CREATE TABLE IF NOT EXISTS t (id INTEGER PRIMARY KEY, v BLOB);".to_owned();
+    let id = random.random_range(0..30);
+    let bytes = match random.random_range(0..4) {
+        0 => random.random_range(0..8000),
+        _ => random.random_range(0..60),
+    };
+    match random.random_range(0..8) {
+        0 => write!(sql, "DELETE FROM t WHERE id % 3 = {}", id % 3).unwrap(),
+        1 => write!(sql, "UPDATE t SET v = randomblob({bytes}) WHERE id = {id}").unwrap(),
+        2 => write!(sql, "INSERT OR REPLACE INTO t VALUES ({id}, zeroblob({bytes})); INSERT INTO nonsense VALUES (1)").unwrap(),
+        3 => sql = "DROP TABLE IF EXISTS t".to_owned(),
+        _ => write!(sql, "INSERT OR REPLACE INTO t VALUES ({id}, randomblob({bytes}))").unwrap(),
+    }
+    sql
+}

@@ -1,0 +1,422 @@
+//! One engine with some objects, and a model that knows what each of them held after every commit.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use protocol::{ClassName, Home, LogPosition, ObjectId, ObjectName, ShardId};
+use rusqlite::Connection;
+use shard_node::clock::Clock;
+use shard_node::commit_log::record::FileId;
+use shard_node::storage::logged::{OpenError, Setup};
+use shard_node::storage::{Engine, Identity, LogConfig, Logged, SqlConfig, Storage, StorageError};
+
+use crate::disk::{Crash, SimDisk};
+
+pub(crate) const ROOT: &str = "/data";
+
+/// Objects of a run; two shards, so two catalogs.
+pub(crate) const OBJECTS: usize = 4;
+const SHARDS: u16 = 2;
+
+const RESULT_BYTES: usize = 1 << 20;
+
+/// Rows of a table, in order.
+pub(crate) type Dump = Vec<(i64, Vec<u8>)>;
+
+/// A clock that moves when it is looked at.
+#[derive(Default)]
+struct StepClock(AtomicU64);
+
+impl Clock for StepClock {
+    fn unix_millis(&self) -> u64 {
+        1_700_000_000_000 + self.0.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// What clients of a run know, across crashes.
+#[derive(Default, Clone)]
+pub(crate) struct Model {
+    /// Every commit: the object, what it held then, and where the commit ended.
+    pub(crate) commits: Vec<(usize, Dump, LogPosition)>,
+    /// How many of them were acknowledged.
+    pub(crate) acknowledged: usize,
+}
+
+impl Model {
+    /// What an object held after the first `count` commits.
+    fn after(&self, count: usize, object: usize) -> Dump {
+        let of_object = self.commits[..count]
+            .iter()
+            .rev()
+            .find(|(of, _, _)| *of == object);
+        of_object
+            .map(|(_, dump, _)| dump.clone())
+            .unwrap_or_default()
+    }
+}
+
+/// A running engine. Dropping it is the death of its process.
+pub(crate) struct Node {
+    pub(crate) disk: SimDisk,
+    pub(crate) engine: Logged,
+    storages: Vec<Option<Storage>>,
+    pub(crate) model: Model,
+    /// The world has stopped, or something failed: what happens now is not what clients see.
+    pub(crate) failed: bool,
+    /// The log lost commits.
+    lost: bool,
+}
+
+pub(crate) fn identity(object: usize) -> Identity {
+    let class: ClassName = "Sim".parse().unwrap();
+    let name: ObjectName = format!("object-{object}").parse().unwrap();
+    Identity {
+        id: ObjectId::named(&class, Home::Global, &name),
+        class,
+        name: Some(name),
+        shard: ShardId(u16::try_from(object).unwrap() % SHARDS),
+    }
+}
+
+pub(crate) fn setup(disk: &SimDisk) -> Setup {
+    Setup {
+        disk: Arc::new(disk.clone()),
+        data_dir: PathBuf::from(ROOT),
+        worker: 0,
+        // Small, so that segments fill and checkpoints press.
+        log: LogConfig {
+            segment_bytes: 12 << 10,
+            live_bytes_max: 40 << 10,
+        },
+        transaction_bytes_max: 128 << 20,
+        clock: Arc::new(StepClock::default()),
+        sync_time: metrics::Histogram::noop(),
+    }
+}
+
+impl Node {
+    pub(crate) fn start(disk: SimDisk, model: Model) -> Result<Self, OpenError> {
+        let engine = Logged::open_idle(setup(&disk), Arc::default())?;
+        Ok(Self {
+            disk,
+            engine,
+            storages: (0..OBJECTS).map(|_| None).collect(),
+            model,
+            failed: false,
+            lost: false,
+        })
+    }
+
+    fn storage(&mut self, object: usize) -> &Storage {
+        let engine = self.engine.clone();
+        self.storages[object].get_or_insert_with(|| {
+            let config = Arc::new(SqlConfig::default());
+            Storage::new(identity(object), Rc::new(engine), config)
+        })
+    }
+
+    /// Runs SQL as one turn, or several that share a commit. A turn that contains `nonsense` fails, alone.
+    pub(crate) fn commit(&mut self, object: usize, turns: &[&str]) -> Result<(), StorageError> {
+        let storage = self.storage(object);
+        let result = (|| {
+            for sql in turns {
+                storage.begin_segment();
+                match storage.exec(sql, &[], RESULT_BYTES) {
+                    Ok(_) => drop(storage.end_segment()?),
+                    Err(StorageError::Sql { .. }) if sql.contains("nonsense") => {
+                        storage.rollback()?;
+                    }
+                    Err(error) => {
+                        drop(storage.rollback());
+                        return Err(error);
+                    }
+                }
+            }
+            let wrote = storage.commit()?;
+            Ok(wrote.then(|| (dump_of(storage), storage.gate())))
+        })();
+        match result {
+            Ok(None) => Ok(()),
+            Ok(Some((dump, position))) => {
+                self.model.commits.push((object, dump?, position));
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The writer and the checkpointer do all they have to, and the engine hears of it.
+    pub(crate) fn settle(&mut self) {
+        self.engine.release();
+        for _ in 0..100 {
+            let worked = self.engine.step();
+            self.advance();
+            if !worked {
+                break;
+            }
+        }
+    }
+
+    /// One thing happens behind the turns.
+    pub(crate) fn step(&mut self) {
+        self.engine.release();
+        self.engine.step();
+        self.advance();
+    }
+
+    pub(crate) fn advance(&mut self) {
+        let lost = self.engine.advance();
+        if self.lost {
+            // The log goes on from where it was durable: its positions say nothing of what was lost.
+            return;
+        }
+        let durable = self.engine.durable();
+        if let Some((_, objects)) = lost {
+            // Whoever waited got an error. Until the log goes on without it, what was lost may
+            // still be found by the next process.
+            self.failed = true;
+            self.lost = true;
+            for (object, storage) in self.storages.iter_mut().enumerate() {
+                if objects.contains(&identity(object).id) {
+                    *storage = None;
+                }
+            }
+        }
+        let acknowledged = self.model.commits.iter();
+        let count = acknowledged
+            .take_while(|(_, _, end)| *end <= durable)
+            .count();
+        self.model.acknowledged = self.model.acknowledged.max(count);
+    }
+
+    /// The disk works again, and the engine goes on without what it lost.
+    pub(crate) fn recover(&mut self) {
+        self.disk.set_faults(Vec::new());
+        self.sleep_all();
+        for _ in 0..100 {
+            self.advance();
+            if self.engine.check_writable().is_ok() {
+                break;
+            }
+            self.engine.step();
+            self.engine.tick();
+        }
+        if let Err(error) = self.engine.check_writable() {
+            let until = self.engine.durable();
+            panic!(
+                "{error}, durable {until}: {:?}",
+                self.engine.advance().is_some()
+            );
+        }
+        self.failed = false;
+        if std::mem::take(&mut self.lost) {
+            let durable = self.model.acknowledged;
+            self.model.commits.truncate(durable);
+        }
+    }
+
+    pub(crate) fn tick(&mut self, times: usize) {
+        for _ in 0..times {
+            self.engine.tick();
+        }
+        self.advance();
+    }
+
+    /// The object leaves memory.
+    pub(crate) fn sleep(&mut self, object: usize) {
+        self.storages[object] = None;
+    }
+
+    pub(crate) fn sleep_all(&mut self) {
+        for object in 0..OBJECTS {
+            self.sleep(object);
+        }
+    }
+
+    /// What an object holds, read as a client would.
+    pub(crate) fn read(&mut self, object: usize) -> Result<Dump, StorageError> {
+        let storage = self.storage(object);
+        storage.begin_segment();
+        let dump = dump_of(storage)?;
+        storage.commit()?;
+        Ok(dump)
+    }
+
+    /// The process dies, perhaps with the power; the disk as the next one finds it, and what is known.
+    pub(crate) fn crash(mut self, crash: Crash) -> (SimDisk, Model) {
+        let disk = self.disk.crash(crash);
+        let model = std::mem::take(&mut self.model);
+        // Nothing of it may reach the disk any more.
+        self.disk.set_faults(vec![crate::disk::Fault::Stop(0)]);
+        (disk, model)
+    }
+
+    /// Checks that what is there is what was there after some number of commits, at least all that were
+    /// acknowledged; makes that the past.
+    pub(crate) fn check(&mut self, context: &str) {
+        let found: Vec<Dump> = (0..OBJECTS)
+            .map(|object| {
+                self.read(object)
+                    .unwrap_or_else(|error| panic!("{context}: {error}"))
+            })
+            .collect();
+        let total = self.model.commits.len();
+        let matching = (self.model.acknowledged..=total).rev().find(|count| {
+            (0..OBJECTS).all(|object| found[object] == self.model.after(*count, object))
+        });
+        let Some(count) = matching else {
+            let ids = |dump: &Dump| dump.iter().map(|(id, _)| *id).collect::<Vec<i64>>();
+            let found: Vec<_> = found.iter().map(ids).collect();
+            let past = self.model.commits.iter().rev().take(12);
+            let past: Vec<_> = past.map(|(object, dump, _)| (*object, ids(dump))).collect();
+            panic!(
+                "{context}: after {total} commits, {} of them acknowledged, the objects hold what they never held together: {found:?}; the last commits, latest first: {past:?}",
+                self.model.acknowledged
+            );
+        };
+        self.model.commits.truncate(count);
+        for commit in &mut self.model.commits {
+            // Positions of the past mean nothing to a log that went on from here.
+            commit.2 = LogPosition::ZERO;
+        }
+        self.model.acknowledged = count;
+        for object in 0..OBJECTS {
+            let storage = self.storage(object);
+            storage.begin_segment();
+            let rows = storage.exec("PRAGMA integrity_check", &[], RESULT_BYTES);
+            let rows = format!("{:?}", rows.unwrap().rows);
+            assert_eq!(rows, "[[Text(\"ok\")]]", "{context}: object {object}");
+        }
+        self.sleep_all();
+    }
+
+    /// The catalog says exactly which objects there are, and how large.
+    pub(crate) fn check_catalog(&mut self, context: &str) {
+        self.settle();
+        self.engine.write_notes().unwrap();
+        self.settle();
+        let mut rows = BTreeMap::new();
+        for shard in (0..SHARDS).map(ShardId) {
+            let listed = self.engine.list(Home::Global, shard, None, 100).unwrap();
+            let count = self.engine.count(Home::Global, shard).unwrap();
+            assert_eq!(count, listed.len() as u64, "{context}");
+            for row in listed {
+                rows.insert(row.id.clone(), (shard, row));
+            }
+        }
+        for object in 0..OBJECTS {
+            let identity = identity(object);
+            let bytes = self.storage(object).database_bytes().unwrap();
+            let row = rows.remove(&identity.id.to_string());
+            if bytes == 0 {
+                assert!(
+                    row.is_none(),
+                    "{context}: object {object} never was: {row:?}"
+                );
+                continue;
+            }
+            let (shard, row) =
+                row.unwrap_or_else(|| panic!("{context}: object {object} is missing"));
+            assert_eq!(
+                (shard, row.bytes),
+                (identity.shard, bytes),
+                "{context}: object {object}"
+            );
+            assert_eq!(row.class, "Sim", "{context}");
+            assert_eq!(
+                row.name.as_deref(),
+                Some(&*format!("object-{object}")),
+                "{context}"
+            );
+            assert!(
+                row.alarm_ms.is_none() && row.created_ms <= row.used_ms,
+                "{context}: {row:?}"
+            );
+        }
+        assert!(rows.is_empty(), "{context}: {rows:?}");
+    }
+
+    /// Stops cleanly; then stock SQLite must find in the files what the objects held.
+    pub(crate) fn stop(mut self, context: &str) -> (SimDisk, Model) {
+        self.sleep_all();
+        self.engine
+            .close()
+            .unwrap_or_else(|error| panic!("{context}: {error:?}"));
+        let (disk, mut model) = (self.disk.clone(), std::mem::take(&mut self.model));
+        model.acknowledged = model.commits.len();
+        let dir = tempfile::tempdir().unwrap();
+        let files: BTreeMap<PathBuf, Vec<u8>> = disk.files().into_iter().collect();
+        let logs = files
+            .keys()
+            .filter(|path| path.extension().is_some_and(|is| is == "log"));
+        assert!(
+            logs.count() <= 1,
+            "{context}: a clean stop leaves at most one segment"
+        );
+        for object in 0..OBJECTS {
+            let want = model.after(model.commits.len(), object);
+            let identity = identity(object);
+            let id = identity.id.to_string();
+            let path =
+                Path::new(ROOT).join(format!("shards/{}/{}/{id}.db", identity.shard, &id[8..10]));
+            let Some(bytes) = files.get(&path) else {
+                assert!(want.is_empty(), "{context}: object {object} has no file");
+                continue;
+            };
+            let copy = dir.path().join(format!("{object}.db"));
+            std::fs::write(&copy, bytes).unwrap();
+            let stock = Connection::open(&copy).unwrap();
+            let ok: String = stock
+                .query_row("PRAGMA integrity_check", [], |row| row.get(0))
+                .unwrap();
+            assert_eq!(ok, "ok", "{context}: object {object}");
+            assert_eq!(stock_dump(&stock), want, "{context}: object {object}");
+        }
+        (disk, model)
+    }
+}
+
+/// Nothing is in the file of an object that is unknown to the catalog, or the other way round.
+pub(crate) fn database_files(disk: &SimDisk) -> Vec<FileId> {
+    let files = disk.files().into_iter();
+    let names = files.filter_map(|(path, _)| {
+        let name = path.file_name()?.to_str()?.strip_suffix(".db")?.to_owned();
+        name.parse::<ObjectId>().ok().map(FileId::from)
+    });
+    names.collect()
+}
+
+fn dump_of(storage: &Storage) -> Result<Dump, StorageError> {
+    use shard_node::storage::SqlValue;
+    let tables = storage.exec(
+        "SELECT 1 FROM sqlite_schema WHERE name = 't'",
+        &[],
+        RESULT_BYTES,
+    )?;
+    if tables.rows.is_empty() {
+        return Ok(Dump::new());
+    }
+    let rows = storage.exec("SELECT id, v FROM t ORDER BY id", &[], 64 * RESULT_BYTES)?;
+    let rows = rows.rows.into_iter().map(|mut row| {
+        let value = match row.pop() {
+            Some(SqlValue::Blob(value)) => value,
+            other => panic!("{other:?} is no blob"),
+        };
+        match row.pop() {
+            Some(SqlValue::Integer(id)) => (id, value),
+            other => panic!("{other:?} is no id"),
+        }
+    });
+    Ok(rows.collect())
+}
+
+fn stock_dump(connection: &Connection) -> Dump {
+    let Ok(mut select) = connection.prepare("SELECT id, v FROM t ORDER BY id") else {
+        return Dump::new();
+    };
+    let rows = select.query_map([], |row| Ok((row.get(0)?, row.get(1)?)));
+    rows.unwrap().collect::<Result<_, _>>().unwrap()
+}
