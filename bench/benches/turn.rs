@@ -17,7 +17,7 @@ use shard_node::disk::RealDisk;
 use shard_node::host::{Address, Host, HostConfig};
 use shard_node::metrics::Metrics;
 use shard_node::object::mailbox::Event;
-use shard_node::storage::logged::Setup;
+use shard_node::storage::logged::{PAGE_BYTES, Setup};
 use shard_node::storage::{Engine, LogConfig, Logged, PlainFiles};
 use tokio::runtime::Runtime;
 use tokio::sync::Notify;
@@ -139,6 +139,7 @@ fn setup(dir: &Path) -> Setup {
         data_dir: dir.to_owned(),
         worker: 0,
         log: LogConfig::default(),
+        page_bytes: PAGE_BYTES,
         transaction_bytes_max: 128 << 20,
         clock: Arc::new(SystemClock),
         sync_time: metrics::Histogram::noop(),

@@ -1,6 +1,7 @@
 //! `dormouse`: the one binary people type. Parsing and printing only; the work is in the libraries.
 
 mod dev;
+mod fsck;
 
 use std::process::ExitCode;
 
@@ -24,6 +25,8 @@ enum Command {
     Gateway(gateway::config::Args),
     /// Hosts single-threaded SQLite-backed objects behind gateways
     Node(shard_node::config::Args),
+    /// Checks a data directory that no node uses, without changing it
+    Fsck(fsck::Args),
     /// Open-loop load with verified answers
     #[command(subcommand)]
     Loadtest(loadtest::Command),
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
         Some(Command::Dev(args)) => dev::main(&args),
         Some(Command::Gateway(args)) => gateway::server::main(&args),
         Some(Command::Node(args)) => shard_node::node::main(&args),
+        Some(Command::Fsck(args)) => fsck::main(&args),
         Some(Command::Loadtest(command)) => loadtest::main(&command),
     }
 }

@@ -96,9 +96,11 @@ impl Catalogs {
             let connection = &opened.connection;
             let run = |sql| connection.prepare_cached(sql)?.raw_execute().map(drop);
             run("BEGIN")?;
-            let written = notes
-                .iter()
-                .try_for_each(|(file, note)| write(connection, *file, note))
+            let written = prepare(connection)
+                .and_then(|()| {
+                    let mut notes = notes.iter();
+                    notes.try_for_each(|(file, note)| write(connection, *file, note))
+                })
                 .and_then(|()| run("COMMIT"));
             if written.is_err() {
                 if !connection.is_autocommit() {
@@ -118,7 +120,7 @@ impl Catalogs {
         limit: u32,
         connect: Connect<'_>,
     ) -> rusqlite::Result<Vec<Row>> {
-        self.with(catalog, connect, |opened| {
+        self.read(catalog, connect, |opened| {
             let mut select = opened.connection.prepare_cached(
                 "SELECT id, class, name, bytes, created_ms, used_ms, alarm_ms FROM objects \
                  WHERE id > ?1 ORDER BY id LIMIT ?2",
@@ -145,7 +147,7 @@ impl Catalogs {
 
     /// How many objects a shard has.
     pub(crate) fn count(&self, catalog: FileId, connect: Connect<'_>) -> rusqlite::Result<u64> {
-        self.with(catalog, connect, |opened| {
+        self.read(catalog, connect, |opened| {
             opened
                 .connection
                 .prepare_cached("SELECT count(*) FROM objects")?
@@ -161,6 +163,21 @@ impl Catalogs {
         }
     }
 
+    /// A shard without objects may have no catalog.
+    fn read<T: Default>(
+        &self,
+        catalog: FileId,
+        connect: Connect<'_>,
+        f: impl FnOnce(&Opened) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        self.with(catalog, connect, |opened| {
+            if version(&opened.connection)? == 0 {
+                return Ok(T::default());
+            }
+            f(opened)
+        })
+    }
+
     fn with<T>(
         &self,
         catalog: FileId,
@@ -172,19 +189,24 @@ impl Catalogs {
                 self.close();
             }
             let opened = connect(catalog)?;
-            prepare(&opened.connection)?;
             self.open.borrow_mut().insert(catalog, opened);
         }
         f(&self.open.borrow()[&catalog])
     }
 }
 
+/// Creates the tables of a new catalog.
 fn prepare(connection: &Connection) -> rusqlite::Result<()> {
-    let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    if version == 0 {
-        connection.execute_batch(&format!("BEGIN; {SCHEMA}; COMMIT"))?;
+    if version(connection)? == 0 {
+        connection.execute_batch(SCHEMA)?;
     }
     Ok(())
+}
+
+fn version(connection: &Connection) -> rusqlite::Result<i64> {
+    connection
+        .prepare_cached("PRAGMA user_version")?
+        .query_row([], |row| row.get(0))
 }
 
 fn write(connection: &Connection, file: FileId, note: &Note) -> rusqlite::Result<()> {

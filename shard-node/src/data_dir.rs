@@ -81,6 +81,21 @@ impl DataDir {
         })
     }
 
+    /// Locks a directory that a node has made before, and changes nothing in it; also its number of shards.
+    pub fn open_existing(path: &Path) -> Result<(Self, u16), DataDirError> {
+        let bytes = std::fs::read(path.join(MANIFEST)).map_err(|source| DataDirError::Io {
+            path: path.to_owned(),
+            what: "reading",
+            source,
+        })?;
+        let manifest = parse(path, &bytes)?;
+        let owned = Self {
+            path: path.to_owned(),
+            _lock: lock(path)?,
+        };
+        Ok((owned, manifest.shards))
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -152,7 +167,7 @@ fn lock(path: &Path) -> Result<File, DataDirError> {
     Ok(file)
 }
 
-fn check(path: &Path, bytes: &[u8], shards: u16) -> Result<(), DataDirError> {
+fn parse(path: &Path, bytes: &[u8]) -> Result<Manifest, DataDirError> {
     let manifest: Manifest =
         serde_json::from_slice(bytes).map_err(|source| DataDirError::Manifest {
             path: path.to_owned(),
@@ -165,6 +180,11 @@ fn check(path: &Path, bytes: &[u8], shards: u16) -> Result<(), DataDirError> {
             found: manifest.format,
         });
     }
+    Ok(manifest)
+}
+
+fn check(path: &Path, bytes: &[u8], shards: u16) -> Result<(), DataDirError> {
+    let manifest = parse(path, bytes)?;
     if manifest.shards != shards {
         return Err(DataDirError::Shards {
             path: path.to_owned(),

@@ -16,6 +16,7 @@ pub mod commit_log;
 pub mod config;
 pub mod data_dir;
 pub mod disk;
+pub mod fsck;
 pub mod host;
 pub mod metrics;
 pub mod node;

@@ -28,7 +28,7 @@ use crate::disk::Disk;
 use crate::host::{Host, HostConfig};
 use crate::metrics::Metrics;
 use crate::server::Server;
-use crate::storage::logged::{OpenError, Setup};
+use crate::storage::logged::{OpenError, PAGE_BYTES, Setup};
 use crate::storage::{LogConfig, Logged};
 
 /// How often idle objects are evicted and overdue requests answered.
@@ -168,6 +168,7 @@ impl Worker {
             data_dir: self.data_dir.clone(),
             worker,
             log: self.log.clone(),
+            page_bytes: PAGE_BYTES,
             transaction_bytes_max: self.host.sql.transaction_bytes_max,
             clock: Arc::clone(&self.clock),
             sync_time: metrics.log_sync_time.clone(),

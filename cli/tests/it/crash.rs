@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, mpsc};
+use std::sync::{Condvar, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -11,11 +11,34 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
+use crate::fsck::fsck;
 use crate::support::{Process, agent, call, dormouse, gateway, node, node_at, request};
 
 const CLIENTS: u64 = 8;
 const OBJECTS: u32 = 1000;
-const KILLS: u32 = 6;
+const KILLS: u32 = 200;
+
+/// A node lives for a random time up to this, which is too short for its clients to have no request under
+/// way at its end.
+const LIFE_MS_MAX: u64 = 150;
+
+/// Where the node that lives now can be reached.
+struct Target {
+    url: Mutex<String>,
+    changed: Condvar,
+}
+
+impl Target {
+    /// Until another node lives than the one at `url`, or for a while.
+    fn wait(&self, url: &str) {
+        let now = self.url.lock().unwrap();
+        let patience = Duration::from_millis(50);
+        drop(
+            self.changed
+                .wait_timeout_while(now, patience, |now| now == url),
+        );
+    }
+}
 
 /// Increments and rows of one object, as its clients know them.
 #[derive(Default, Clone, Copy)]
@@ -30,10 +53,14 @@ fn nothing_acknowledged_is_lost_by_kill_9() {
     println!("seed {seed}");
     let dir = tempfile::tempdir().unwrap();
     let first = Process::dev(dir.path());
-    let url = Mutex::new(first.url.clone());
+    let url = Target {
+        url: Mutex::new(first.url.clone()),
+        changed: Condvar::new(),
+    };
     let stop = AtomicBool::new(false);
     let (never, pause) = mpsc::sync_channel::<()>(1);
     let (url_now, stop_now) = (&url, &stop);
+    let mut random = StdRng::seed_from_u64(seed);
     let (process, increments, rows) = thread::scope(|scope| {
         let mut process = first;
         let clients: Vec<_> = (0..CLIENTS)
@@ -41,10 +68,12 @@ fn nothing_acknowledged_is_lost_by_kill_9() {
             .collect();
         let writer = scope.spawn(|| insert(&url, &stop));
         for _ in 0..KILLS {
-            pause.recv_timeout(Duration::from_millis(700)).unwrap_err();
+            let life = Duration::from_millis(random.random_range(0..LIFE_MS_MAX));
+            pause.recv_timeout(life).unwrap_err();
             process.kill();
             process = Process::dev(dir.path());
-            url.lock().unwrap().clone_from(&process.url);
+            url.url.lock().unwrap().clone_from(&process.url);
+            url.changed.notify_all();
         }
         pause.recv_timeout(Duration::from_millis(300)).unwrap_err();
         stop.store(true, Ordering::Relaxed);
@@ -94,6 +123,8 @@ fn nothing_acknowledged_is_lost_by_kill_9() {
         &json!(["PRAGMA integrity_check"]),
     );
     assert_eq!(check["rows"], json!([["ok"]]));
+    process.kill();
+    fsck(dir.path(), true);
 }
 
 /// Requests that were refused while the node was down are sent again; those whose outcome is unknown
@@ -175,13 +206,13 @@ fn reach(gateway: &Process, line: &str, least: i64) {
 }
 
 /// Increments random objects until told to stop.
-fn increment(seed: u64, url: &Mutex<String>, stop: &AtomicBool) -> HashMap<u32, Known> {
+fn increment(seed: u64, target: &Target, stop: &AtomicBool) -> HashMap<u32, Known> {
     let mut random = StdRng::seed_from_u64(seed);
     let mut known: HashMap<u32, Known> = HashMap::new();
     let agent = agent();
     while !stop.load(Ordering::Relaxed) {
         let object = random.random_range(0..OBJECTS);
-        let url = url.lock().unwrap().clone();
+        let url = target.url.lock().unwrap().clone();
         let known = known.entry(object).or_default();
         match request(
             &agent,
@@ -190,20 +221,23 @@ fn increment(seed: u64, url: &Mutex<String>, stop: &AtomicBool) -> HashMap<u32, 
             "",
         ) {
             Ok((200, _)) => known.acknowledged += 1,
-            _ => known.unknown += 1,
+            _ => {
+                known.unknown += 1;
+                target.wait(&url);
+            }
         }
     }
     known
 }
 
 /// Inserts numbered rows until told to stop; those that were acknowledged.
-fn insert(url: &Mutex<String>, stop: &AtomicBool) -> Vec<i64> {
+fn insert(target: &Target, stop: &AtomicBool) -> Vec<i64> {
     let agent = agent();
     let mut acknowledged = Vec::new();
     let mut number = 0;
     while !stop.load(Ordering::Relaxed) {
         number += 1;
-        let url = url.lock().unwrap().clone();
+        let url = target.url.lock().unwrap().clone();
         let sql = json!([
             "CREATE TABLE IF NOT EXISTS t (n); INSERT INTO t VALUES (?)",
             number
@@ -214,8 +248,9 @@ fn insert(url: &Mutex<String>, stop: &AtomicBool) -> Vec<i64> {
             &format!("{url}/rpc/Sql/log/exec"),
             &sql.to_string(),
         );
-        if let Ok((200, _)) = answer {
-            acknowledged.push(number);
+        match answer {
+            Ok((200, _)) => acknowledged.push(number),
+            _ => target.wait(&url),
         }
     }
     acknowledged

@@ -4,6 +4,7 @@
 
 mod command_line;
 mod crash;
+mod fsck;
 mod readme;
 mod support;
 mod whole;

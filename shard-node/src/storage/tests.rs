@@ -40,6 +40,7 @@ impl Fixture {
                 data_dir: self.dir.path().to_owned(),
                 worker: 0,
                 log: LogConfig::default(),
+                page_bytes: logged::PAGE_BYTES,
                 transaction_bytes_max: self.config.transaction_bytes_max,
                 clock: Arc::new(SystemClock),
                 sync_time: metrics::Histogram::noop(),

@@ -10,7 +10,7 @@ use protocol::{ClassName, Home, LogPosition, ObjectId, ObjectName, ShardId};
 use rusqlite::Connection;
 use shard_node::clock::Clock;
 use shard_node::commit_log::record::FileId;
-use shard_node::storage::logged::{OpenError, Setup};
+use shard_node::storage::logged::{OpenError, PAGE_BYTES, Setup};
 use shard_node::storage::{Engine, Identity, LogConfig, Logged, SqlConfig, Storage, StorageError};
 
 use crate::disk::{Crash, SimDisk};
@@ -91,6 +91,7 @@ pub(crate) fn setup(disk: &SimDisk) -> Setup {
             segment_bytes: 12 << 10,
             live_bytes_max: 40 << 10,
         },
+        page_bytes: PAGE_BYTES,
         transaction_bytes_max: 128 << 20,
         clock: Arc::new(StepClock::default()),
         sync_time: metrics::Histogram::noop(),

@@ -30,6 +30,7 @@ pub(super) struct Core {
     pub(super) log_directory: PathBuf,
     pub(super) log: Log,
     pub(super) clock: Arc<dyn Clock>,
+    pub(super) page_bytes: u32,
     pub(super) transaction_bytes_max: u64,
     pub(super) dirty: RefCell<VecDeque<(LogPosition, FileId)>>,
     pub(super) notes: RefCell<HashMap<FileId, Note, Xxh3DefaultBuilder>>,
