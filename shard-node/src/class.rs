@@ -135,6 +135,8 @@ struct Inner {
     clock: Arc<dyn Clock>,
     /// What keeps the object in memory besides its turns.
     holds: Cell<u32>,
+    /// A commit outside of any turn failed: memory and database may differ.
+    failed: Cell<bool>,
 }
 
 /// Keeps its object in memory until it is dropped.
@@ -159,6 +161,7 @@ impl Context {
             storage,
             clock,
             holds: Cell::new(0),
+            failed: Cell::new(false),
         }))
     }
 
@@ -168,6 +171,11 @@ impl Context {
     pub fn stay_awake(&self) -> Awake {
         self.0.holds.set(self.0.holds.get() + 1);
         Awake(Rc::clone(&self.0))
+    }
+
+    /// Whether the object must be reset before its next turn.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.0.failed.get()
     }
 
     pub(crate) fn is_held(&self) -> bool {
@@ -365,7 +373,10 @@ impl Held {
         let failed = match polled {
             Ok(polled) => match storage.commit() {
                 Ok(_) => return polled,
-                Err(error) => error.to_string(),
+                Err(error) => {
+                    self.awake.0.failed.set(true);
+                    error.to_string()
+                }
             },
             Err(_) => match storage.rollback() {
                 Ok(()) => "class code panicked in a response body".to_owned(),

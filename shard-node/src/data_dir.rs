@@ -65,7 +65,14 @@ impl DataDir {
             let path = path.to_owned();
             move |source| DataDirError::Io { path, what, source }
         };
+        let new = !path.exists();
         std::fs::create_dir_all(path.join("shards")).map_err(io("writing"))?;
+        if new {
+            // Its own name, too, must survive a loss of power.
+            File::open(crate::disk::parent(path))
+                .and_then(|parent| parent.sync_all())
+                .map_err(io("writing"))?;
+        }
         let lock = lock(path)?;
         let manifest = path.join(MANIFEST);
         match std::fs::read(&manifest) {
@@ -100,9 +107,10 @@ impl DataDir {
         &self.path
     }
 
-    /// The disk that the directory is on.
+    /// The disk that the databases are on. One for each that syncs: a failed write is reported once per
+    /// descriptor.
     pub fn disk(&self) -> Result<Arc<dyn Disk>, DataDirError> {
-        match RealDisk::new(&self.path) {
+        match RealDisk::new(&self.path.join("shards")) {
             Ok(disk) => Ok(Arc::new(disk)),
             Err(source) => Err(self.io("reading")(source)),
         }

@@ -152,14 +152,15 @@ impl Host {
         loop {
             let mut begun = Instant::now();
             while let Some(object) = self.next_ready() {
+                while self.engine.is_full() {
+                    self.metrics.log_waits.increment(1);
+                    self.engine.release();
+                    self.room.notified().await;
+                }
                 self.run_object(&object);
                 drop(object);
                 if begun.elapsed() >= TIME_IN_A_ROW {
                     self.engine.release();
-                    while self.engine.is_full() {
-                        self.metrics.log_waits.increment(1);
-                        self.room.notified().await;
-                    }
                     tokio::task::yield_now().await;
                     begun = Instant::now();
                 }
@@ -239,8 +240,10 @@ impl Host {
 
     /// Once per period: evicts objects that were idle for long enough, answers requests that waited
     /// for too long, and publishes what is not counted event by event.
-    pub fn tick(&self) {
+    pub fn tick(self: &Rc<Self>) {
         self.engine.tick();
+        // Also what nobody was told of, such as another try after an error.
+        self.advance();
         self.metrics.mailbox_depth.set(self.waiting.get() as f64);
         let now = Instant::now();
         if self.waiting.get() > 0 {
@@ -384,6 +387,10 @@ impl Host {
     /// savepoint of its own, and one commit.
     fn run_object(self: &Rc<Self>, object: &Rc<Object>) {
         object.queued.set(false);
+        if object.context.has_failed() {
+            self.reset(object);
+            return;
+        }
         let begun = Instant::now();
         let mut now = begun;
         let mut batch = self.batch.take();

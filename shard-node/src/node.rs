@@ -75,7 +75,6 @@ impl Node {
         let ring = Arc::new(config.ring(addresses.iter().map(ToString::to_string).collect())?);
         let registry = Arc::new(Registry::default());
         let (order, orders) = watch::channel(Order::Recover);
-        let disk = data_dir.disk()?;
         let mut orphans = data_dir.workers_from(config.worker_count())?;
         let mut recovering = Vec::new();
         let host = HostConfig {
@@ -104,7 +103,7 @@ impl Node {
                 clock: Arc::new(SystemClock),
                 registry: Arc::clone(&registry),
                 drain_max: config.drain_max,
-                disk: Arc::clone(&disk),
+                disk: data_dir.disk()?,
                 log: config.log.clone(),
                 orphans: std::mem::take(&mut orphans),
                 recovered,
@@ -119,6 +118,11 @@ impl Node {
         for (worker, told) in recovering {
             // A worker that ends without a word has aborted the process.
             if let Ok(Err(source)) = told.recv() {
+                // The others may still write to the directory, which is ours until they end.
+                drop(order);
+                for thread in threads {
+                    drop(thread.join());
+                }
                 return Err(StartError::Recover { worker, source });
             }
         }

@@ -18,6 +18,7 @@ use tracing::warn;
 use self::mailbox::Mailbox;
 use crate::class::{Class, ClassError, Context, Instance};
 use crate::metrics::Metrics;
+use crate::storage::StorageError;
 
 /// An object in memory. Lives on its worker's thread; the host owns it.
 pub(crate) struct Object {
@@ -26,6 +27,8 @@ pub(crate) struct Object {
     pub(crate) mailbox: RefCell<Mailbox>,
     /// Set by the first turn, which runs the constructor.
     instance: RefCell<Option<Rc<dyn Instance>>>,
+    /// It was made in the current stretch: if that is undone, so is what the constructor wrote.
+    constructed: Cell<bool>,
     /// In the host's run queue.
     pub(crate) queued: Cell<bool>,
     /// Turns that await something, by number, with what stops them.
@@ -50,6 +53,7 @@ impl Object {
             context,
             mailbox: RefCell::new(mailbox),
             instance: RefCell::new(None),
+            constructed: Cell::new(false),
             queued: Cell::new(false),
             flights: RefCell::default(),
             last_used: Cell::new(Instant::now()),
@@ -75,6 +79,7 @@ impl Object {
         }
         let instance = self.class.construct(self.context.clone())?;
         *self.instance.borrow_mut() = Some(Rc::clone(&instance));
+        self.constructed.set(true);
         Ok(instance)
     }
 
@@ -87,6 +92,7 @@ impl Object {
     ) -> Poll<Result<T, Failure>> {
         let storage = self.context.storage();
         storage.begin_segment();
+        self.constructed.set(false);
         let outcome = match catch_unwind(AssertUnwindSafe(f)) {
             Ok(Poll::Pending) => Poll::Pending,
             Ok(Poll::Ready(Ok(value))) => Poll::Ready(value),
@@ -96,6 +102,9 @@ impl Object {
             Ok(Poll::Ready(Err(error))) => return self.undo(Failure::Refused(error.problem())),
             Err(panic) => return self.undo(Failure::Reset(panicked(panic.as_ref()))),
         };
+        if let Err(error) = storage.check_constraints() {
+            return self.undo(Failure::Refused(ClassError::from(error).problem()));
+        }
         match storage.end_segment() {
             Ok(true) => metrics.commits.increment(1),
             Ok(false) => {}
@@ -115,14 +124,31 @@ impl Object {
     pub(crate) fn commit(&self) -> Result<(), Problem> {
         match self.context.storage().commit() {
             Ok(_) => Ok(()),
+            Err(StorageError::RolledBack) => Err(Problem {
+                retryable: true,
+                ..Problem::new(
+                    ErrorCode::ObjectReset,
+                    "another request in the same transaction made SQLite roll it back; nothing of this one was kept",
+                )
+            }),
             Err(error) => Err(ClassError::from(error).problem()),
         }
     }
 
     fn undo<T>(&self, failure: Failure) -> Poll<Result<T, Failure>> {
-        Poll::Ready(Err(match self.context.storage().rollback() {
-            Ok(()) => failure,
-            Err(error) => Failure::Reset(ClassError::from(error).problem()),
+        if self.constructed.take() {
+            let instance = self.instance.borrow_mut().take();
+            drop_class_code(instance);
+        }
+        Poll::Ready(Err(match (self.context.storage().rollback(), failure) {
+            (Ok(()), failure) => failure,
+            // SQLite rolled back the turns before this one, too: the error that made it do so is
+            // this turn's.
+            (
+                Err(StorageError::RolledBack),
+                Failure::Refused(problem) | Failure::Reset(problem),
+            ) => Failure::Reset(problem),
+            (Err(error), _) => Failure::Reset(ClassError::from(error).problem()),
         }))
     }
 

@@ -281,16 +281,25 @@ impl Storage {
     }
 
     fn savepoint(&self, sql: &str) -> Result<(), StorageError> {
-        self.writing(|connection| prepare_ours(connection, sql)?.raw_execute().map(drop))
+        let open = self.open()?;
+        let _trusted = self.guard.trusted();
+        let run = prepare_ours(&open.connection, sql)
+            .and_then(|mut statement| statement.raw_execute().map(drop));
+        self.check(run, 0)
     }
 
     /// Writes that `f` makes do not hold replies back: they may be lost after somebody was told of them
     /// (Cloudflare's `allowUnconfirmed`). If they are, the object is reset all the same.
     pub fn unconfirmed<R>(&self, f: impl FnOnce() -> R) -> R {
-        let before = self.unconfirmed.replace(true);
-        let result = f();
-        self.unconfirmed.set(before);
-        result
+        struct Restore<'a>(&'a Cell<bool>, bool);
+        impl Drop for Restore<'_> {
+            fn drop(&mut self) {
+                self.0.set(self.1);
+            }
+        }
+        // Also if `f` panics: a later write must not go unconfirmed.
+        let _restore = Restore(&self.unconfirmed, self.unconfirmed.replace(true));
+        f()
     }
 
     /// Whether all that replies could tell is durable. If not, `waker` is woken when that may have
@@ -300,6 +309,7 @@ impl Storage {
         let durable = self.engine.durable() >= gate;
         if !durable {
             self.engine.wake_at(gate, waker);
+            self.engine.release();
         }
         durable
     }
@@ -364,6 +374,28 @@ impl Storage {
         self.segment.set(Segment::Clean);
         self.batch.set(true);
         Ok(true)
+    }
+
+    /// Whether the stretch leaves every foreign key satisfied. Asked for each turn: turns that share a
+    /// transaction must not fail for one another's rows.
+    pub fn check_constraints(&self) -> Result<(), StorageError> {
+        if self.segment.get() == Segment::Clean {
+            return Ok(());
+        }
+        let open = self.open.borrow();
+        let open = open.as_ref().expect("a transaction has a connection");
+        if vfs::has_violations(&open.connection) {
+            return Err(StorageError::Sql {
+                message: "FOREIGN KEY constraint failed".to_owned(),
+                at: None,
+            });
+        }
+        Ok(())
+    }
+
+    /// Whether the tables may be other than those of an empty database.
+    fn may_have_tables(&self, open: &Open) -> bool {
+        open.handle.is_stored() || self.batch.get() || self.segment.get() != Segment::Clean
     }
 
     /// Commits what the stretches since the last commit wrote. It is durable when the engine's log is
@@ -539,8 +571,14 @@ impl Storage {
         }
     }
 
-    fn begin_if_writing(&self, open: &Open, statement: &Statement<'_>) -> Result<(), StorageError> {
-        if statement.readonly() {
+    fn begin_if_writing(
+        &self,
+        open: &Open,
+        statement: &Statement<'_>,
+        sql: &str,
+    ) -> Result<(), StorageError> {
+        // PRAGMA optimize may run ANALYZE inside a statement that SQLite calls read-only.
+        if statement.readonly() && !contains_ignore_case(sql, "optimize") {
             return Ok(());
         }
         self.begin(open)
@@ -549,6 +587,10 @@ impl Storage {
     /// A write is about to happen.
     fn begin(&self, open: &Open) -> Result<(), StorageError> {
         if self.segment.get() == Segment::Clean {
+            if self.batch.get() && open.connection.is_autocommit() {
+                // A read of this turn failed so badly that SQLite rolled back what came before it.
+                return Err(StorageError::RolledBack);
+            }
             self.engine.check_writable()?;
             let (sql, segment) = if self.batch.get() {
                 ("SAVEPOINT _dormouse_turn", Segment::Nested)
@@ -743,6 +785,12 @@ fn prepare_ours<'c>(
 ) -> rusqlite::Result<rusqlite::CachedStatement<'c>> {
     debug_assert!(authorizer::mentions_reserved(sql), "{sql:?}");
     connection.prepare_cached(sql)
+}
+
+fn contains_ignore_case(text: &str, part: &str) -> bool {
+    text.as_bytes()
+        .windows(part.len())
+        .any(|window| window.eq_ignore_ascii_case(part.as_bytes()))
 }
 
 #[cfg(test)]

@@ -77,7 +77,7 @@ impl Worker {
             .build()?;
         std::thread::Builder::new()
             .name(format!("worker-{}", self.number))
-            .spawn(move || LocalSet::new().block_on(&runtime, self.run()))
+            .spawn(move || abort_on_panic(|| LocalSet::new().block_on(&runtime, self.run())))
     }
 
     async fn run(mut self) {

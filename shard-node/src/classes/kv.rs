@@ -10,7 +10,7 @@
 //! | call | answer |
 //! |------|--------|
 //! | `get(key)`, `get([keys])` | the value or null; an object of those present |
-//! | `put(key, value)`, `put({key: value, …})` | null |
+//! | `put(key, value)`, `put({key: value, …})`, each with `{allowUnconfirmed}` | null |
 //! | `delete(key)`, `delete([keys])` | whether it was there; how many were |
 //! | `list({prefix, start, startAfter, end, limit, reverse})` | an object in the order of the keys |
 //!
@@ -25,6 +25,7 @@ use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Request, Response, StatusCode};
 use percent_encoding::percent_decode_str;
 use protocol::{ClassName, limits};
+use serde::Deserialize;
 use serde_json::Map;
 
 use super::{answer, values};
@@ -40,6 +41,14 @@ const CONTENT_TYPE_BYTES_MAX: usize = 255;
 /// Keys in one listing, unless the caller asks for fewer or more, and the most it may ask for.
 const LIST_DEFAULT: u32 = 1000;
 const LIST_MAX: u32 = 10_000;
+
+/// What a caller may ask of a `put`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+struct PutOptions {
+    /// The answer need not wait until the write is durable.
+    allow_unconfirmed: bool,
+}
 
 pub struct Kv {
     name: ClassName,
@@ -110,27 +119,46 @@ impl Pairs {
     }
 
     fn call_put(&self, mut args: Args) -> Result<Json, ClassError> {
-        args.expect(1..=2, "put(key, value) or put({key: value, …})")?;
-        if args.len() == 2 {
-            let key = args.text(0, "key")?.to_owned();
-            self.put_json(&args, 1, &key, args.get(1))?;
-            return Ok(Json::Null);
-        }
-        let Json::Object(pairs) = args.take(0) else {
-            return Err(args.wrong(
-                0,
-                "pairs",
-                "an object of keys and values, or a key followed by a value",
-                None,
-            ));
+        const USAGE: &str = "put(key, value, options) or put({key: value, …}, options)";
+        args.expect(1..=3, USAGE)?;
+        let pairs = match args.get(0) {
+            Some(Json::Object(_)) => Some(args.take(0)),
+            _ => None,
         };
+        let options_at = if pairs.is_some() { 1 } else { 2 };
+        if pairs.is_none() && args.len() == 1 {
+            let rule = "an object of keys and values, or a key followed by a value";
+            return Err(args.wrong(0, "pairs", rule, args.get(0)));
+        }
+        args.expect(options_at..=options_at + 1, USAGE)?;
+        let options = match args.take(options_at) {
+            Json::Null => PutOptions::default(),
+            options => serde_json::from_value(options)
+                .map_err(|error| ClassError::BadRequest(format!("put: options: {error}")))?,
+        };
+        let put = || match &pairs {
+            Some(Json::Object(pairs)) => self.put_pairs(&args, pairs),
+            _ => {
+                let key = args.text(0, "key")?;
+                self.put_json(&args, 1, key, args.get(1))
+            }
+        };
+        if options.allow_unconfirmed {
+            self.context.storage().unconfirmed(put)?;
+        } else {
+            put()?;
+        }
+        Ok(Json::Null)
+    }
+
+    fn put_pairs(&self, args: &Args, pairs: &Map<String, Json>) -> Result<(), ClassError> {
         if pairs.len() > BATCH_KEYS_MAX {
             return Err(KvError::BatchTooLarge(pairs.len()).into());
         }
-        for (key, value) in &pairs {
-            self.put_json(&args, 0, key, Some(value))?;
+        for (key, value) in pairs {
+            self.put_json(args, 0, key, Some(value))?;
         }
-        Ok(Json::Null)
+        Ok(())
     }
 
     fn put_json(

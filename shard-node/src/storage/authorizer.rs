@@ -271,7 +271,5 @@ fn reserved(table: &str) -> Option<String> {
 }
 
 pub(super) fn mentions_reserved(sql: &str) -> bool {
-    sql.as_bytes()
-        .windows(RESERVED_PREFIX.len())
-        .any(|window| window.eq_ignore_ascii_case(RESERVED_PREFIX.as_bytes()))
+    super::contains_ignore_case(sql, RESERVED_PREFIX)
 }

@@ -216,7 +216,7 @@ impl Storage {
     /// Whether anything was ever put.
     fn has_pairs(&self) -> Result<bool, StorageError> {
         let open = self.open()?;
-        if !open.has_pairs.get() && open.handle.is_stored() {
+        if !open.has_pairs.get() && self.may_have_tables(&open) {
             let found = prepare_ours(
                 &open.connection,
                 "SELECT 1 FROM sqlite_schema WHERE name = '_dormouse_kv'",

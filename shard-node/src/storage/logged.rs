@@ -137,6 +137,11 @@ struct Inner {
     waiters: RefCell<Vec<(LogPosition, Waker)>>,
     ticks: Cell<u32>,
     checkpoint_failed: Cell<bool>,
+    catalog_failed: Cell<bool>,
+    /// Where recovery would have begun when that was last looked at.
+    known_needed: Cell<LogPosition>,
+    /// Which of the two [`step`](Logged::step) takes first.
+    writer_first: Cell<bool>,
     /// Ticks before the next try, after a checkpoint failed.
     pause: Cell<u32>,
     runner: RefCell<Runner>,
@@ -250,6 +255,9 @@ impl Logged {
             waiters: RefCell::default(),
             ticks: Cell::new(0),
             checkpoint_failed: Cell::new(false),
+            catalog_failed: Cell::new(false),
+            known_needed: Cell::new(found.end),
+            writer_first: Cell::new(false),
             pause: Cell::new(0),
             runner: RefCell::new(Runner::Nobody(Box::new(writer))),
             worker,
@@ -283,13 +291,15 @@ impl Logged {
     /// Does one thing that waits for the log's or the checkpointer's thread, where nobody runs them.
     /// `false` if there was none, or it failed.
     pub fn step(&self) -> bool {
-        // In this order a checkpoint that did not wait for the log would be ahead of it.
-        let checkpointed = self.0.checkpointer.step();
-        let wrote = match &mut *self.0.runner.borrow_mut() {
+        // Now one first, now the other: neither may rely on the order.
+        let writer_first = self.0.writer_first.get();
+        self.0.writer_first.set(!writer_first);
+        let write = || match &mut *self.0.runner.borrow_mut() {
             Runner::Nobody(writer) => writer.step(),
             Runner::Threads(_) | Runner::Stopped => false,
         };
-        checkpointed | wrote
+        let checkpoint = || self.0.checkpointer.step();
+        (writer_first && write()) || checkpoint() || (!writer_first && write())
     }
 
     /// The databases that are open or have anything in the log that their files lack.
@@ -387,7 +397,15 @@ pub(crate) fn log_directory(data_dir: &Path, worker: u16) -> PathBuf {
 impl Inner {
     fn open(self: &Rc<Self>, id: FileId, shard: ShardId) -> rusqlite::Result<Opened> {
         let database = self.open_database(id, shard)?;
-        let connection = self.connection(&database)?;
+        let connection = match self.connection(&database) {
+            Ok(connection) => connection,
+            Err(error) => {
+                if !database.open.get() {
+                    self.closed(&database);
+                }
+                return Err(error);
+            }
+        };
         Ok(Opened {
             connection,
             handle: Box::new(OpenDatabase {
@@ -437,6 +455,7 @@ impl Inner {
             first_unflushed: Cell::new(None),
             since_capture: Cell::new(None),
             capturing: Cell::new(false),
+            asleep: Cell::new(false),
             open: Cell::new(false),
             lost: Cell::new(false),
             named: RefCell::new(None),
@@ -446,6 +465,12 @@ impl Inner {
         });
         self.databases.borrow_mut().insert(id, Rc::clone(&database));
         Ok(database)
+    }
+
+    /// Bytes of the log that recovery would need, as far as known.
+    fn needed_bytes(&self) -> u64 {
+        let end = self.core.log.end().0;
+        end.saturating_sub(self.known_needed.get().0)
     }
 
     /// The connection of a database is closed.
@@ -463,7 +488,7 @@ impl Inner {
         }
         if database.first_unflushed.get().is_none() {
             self.databases.borrow_mut().remove(&database.id);
-        } else if !database.capturing.get() {
+        } else if !database.capturing.get() && !database.asleep.replace(true) {
             self.asleep.borrow_mut().push(database.id);
         }
     }
@@ -492,8 +517,9 @@ impl Engine for Logged {
         let failure = match inner.core.log.state() {
             State::Failed(failure) | State::Reopening(failure) => failure,
             State::Open => {
-                let held = inner.core.log.live_bytes();
-                if inner.checkpoint_failed.get() && held > inner.config.live_bytes_max {
+                let held = inner.needed_bytes();
+                let stuck = inner.checkpoint_failed.get() || inner.catalog_failed.get();
+                if stuck && held > inner.config.live_bytes_max {
                     return Err(StorageError::Full(
                         "the log is full, and the files cannot be written".to_owned(),
                     ));
@@ -518,9 +544,13 @@ impl Engine for Logged {
 
     fn is_full(&self) -> bool {
         let inner = &*self.0;
-        let behind =
-            inner.core.log.live_bytes() > inner.config.live_bytes_max + inner.config.segment_bytes;
-        inner.core.log.is_full() || (behind && !inner.checkpoint_failed.get())
+        if !inner.log_is_open() {
+            // Writes are refused; reads must go on.
+            return false;
+        }
+        let stuck = inner.checkpoint_failed.get() || inner.catalog_failed.get();
+        let behind = inner.needed_bytes() > inner.config.live_bytes_max;
+        inner.core.log.is_full() || (behind && !stuck)
     }
 
     fn advance(&self) -> Option<(StorageError, Vec<ObjectId>)> {

@@ -229,6 +229,14 @@ impl Overlay {
         Ok(())
     }
 
+    /// All commits of the log were replayed. The log gets changed pages whole again: the part of it that
+    /// has them may go before the next flush, if a checkpoint from before is still under way.
+    pub(crate) fn replayed(&mut self) {
+        for page in self.committed.values_mut() {
+            page.logged = false;
+        }
+    }
+
     /// The committed pages, for a flush. From here on the log gets changed pages whole again.
     pub(crate) fn capture(&mut self) -> Capture {
         self.least_since_capture = self.pages;

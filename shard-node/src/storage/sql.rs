@@ -78,11 +78,11 @@ impl Storage {
         // a reserved table is authorized afresh each time.
         if self.guard.names_reserved() {
             let mut statement = self.check(open.connection.prepare(sql), at)?;
-            self.begin_if_writing(&open, &statement)?;
+            self.begin_if_writing(&open, &statement, sql)?;
             self.run(&open.connection, &mut statement, params, bytes_max)
         } else {
             let mut statement = self.check(open.connection.prepare_cached(sql), at)?;
-            self.begin_if_writing(&open, &statement)?;
+            self.begin_if_writing(&open, &statement, sql)?;
             self.run(&open.connection, &mut statement, params, bytes_max)
         }
     }

@@ -766,3 +766,155 @@ impl Fixture {
         self.open()
     }
 }
+
+/// One turn of several that share a transaction.
+fn shared(storage: &Storage, sql: &str) -> Result<Rows, StorageError> {
+    storage.begin_segment();
+    let done = storage
+        .exec(sql, &[], MIB)
+        .and_then(|rows| storage.check_constraints().map(|()| rows));
+    match done {
+        Ok(rows) => storage.end_segment().map(|_| rows),
+        Err(error) => storage.rollback().and(Err(error)),
+    }
+}
+
+#[test]
+fn turns_that_share_a_transaction_are_undone_alone() {
+    let fixture = Fixture::new();
+    let storage = fixture.open();
+    shared(&storage, "CREATE TABLE t (a UNIQUE)").unwrap();
+    shared(&storage, "INSERT INTO t VALUES (1)").unwrap();
+    shared(
+        &storage,
+        "INSERT INTO t VALUES (2); INSERT INTO t VALUES (1)",
+    )
+    .unwrap_err();
+    shared(&storage, "INSERT INTO t VALUES (3)").unwrap();
+    let rows = shared(&storage, "SELECT a FROM t ORDER BY a").unwrap();
+    assert_eq!(integers(&rows), [1, 3]);
+    assert!(storage.commit().unwrap());
+    assert!(!storage.commit().unwrap(), "all of it is committed");
+    let storage = fixture.open_after(storage);
+    assert_eq!(
+        integers(&turn(&storage, "SELECT a FROM t ORDER BY a", &[]).unwrap()),
+        [1, 3]
+    );
+}
+
+#[test]
+fn pairs_are_found_after_a_turn_beside_them_failed() {
+    let fixture = Fixture::new();
+    let storage = fixture.open();
+    storage.begin_segment();
+    storage.kv_put("a", None, b"1").unwrap();
+    storage.end_segment().unwrap();
+    storage.begin_segment();
+    storage.kv_put("b", None, b"2").unwrap();
+    storage.rollback().unwrap();
+    storage.begin_segment();
+    assert_eq!(storage.kv_get("a").unwrap().unwrap().value, b"1");
+    assert_eq!(storage.kv_get("b").unwrap(), None);
+    let undone = storage.transaction(|| {
+        storage.kv_put("c", None, b"3")?;
+        Err::<(), _>(StorageError::Denied("undo".to_owned()))
+    });
+    undone.unwrap_err();
+    assert!(storage.kv_put("d", None, b"4").unwrap());
+    assert_eq!(storage.kv_get("c").unwrap(), None);
+    storage.commit().unwrap();
+    assert_eq!(storage.kv_get("a").unwrap().unwrap().value, b"1");
+}
+
+/// SQLite rolls back everything by itself: no turn of the transaction may be told that it succeeded.
+#[test]
+fn a_transaction_that_sqlite_gave_up_is_lost_for_all_its_turns() {
+    let fixture = Fixture::new();
+    let storage = fixture.open();
+    turn(&storage, "CREATE TABLE t (a UNIQUE)", &[]).unwrap();
+    shared(&storage, "INSERT INTO t VALUES (1)").unwrap();
+    let error = shared(&storage, "INSERT OR ROLLBACK INTO t VALUES (2), (1)").unwrap_err();
+    assert!(matches!(error, StorageError::RolledBack), "{error}");
+    assert!(matches!(storage.commit(), Err(StorageError::RolledBack)));
+    assert_eq!(
+        turn(&storage, "SELECT * FROM t", &[]).unwrap().rows.len(),
+        0
+    );
+    // Alone, it is an error like any other.
+    refused(
+        &storage,
+        "INSERT OR ROLLBACK INTO t VALUES (5), (5)",
+        "UNIQUE",
+    );
+    turn(&storage, "INSERT INTO t VALUES (1)", &[]).unwrap();
+}
+
+#[test]
+fn foreign_keys_are_checked_at_the_end_of_each_turn() {
+    let fixture = Fixture::new();
+    let storage = fixture.open();
+    turn(
+        &storage,
+        "CREATE TABLE p (id INTEGER PRIMARY KEY); CREATE TABLE c (p REFERENCES p DEFERRABLE INITIALLY DEFERRED)",
+        &[],
+    )
+    .unwrap();
+    shared(&storage, "INSERT INTO p VALUES (1)").unwrap();
+    let error = shared(&storage, "INSERT INTO c VALUES (2)").unwrap_err();
+    assert_eq!(error.to_string(), "FOREIGN KEY constraint failed");
+    shared(
+        &storage,
+        "INSERT INTO c VALUES (3); INSERT INTO p VALUES (3)",
+    )
+    .unwrap();
+    storage.commit().unwrap();
+    assert_eq!(
+        integers(&turn(&storage, "SELECT p FROM c", &[]).unwrap()),
+        [3]
+    );
+}
+
+#[test]
+fn analysis_is_part_of_its_turn() {
+    let fixture = Fixture::new();
+    let storage = fixture.open();
+    let fill = "CREATE TABLE t (a); CREATE INDEX i ON t (a);
+        WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 500) INSERT INTO t SELECT i FROM n";
+    turn(&storage, fill, &[]).unwrap();
+    storage.begin_segment();
+    storage
+        .exec("SELECT count(*) FROM t WHERE a > 3", &[], MIB)
+        .unwrap();
+    storage.exec("PRAGMA optimize(0x10002)", &[], MIB).unwrap();
+    storage.rollback().unwrap();
+    let analysed = "SELECT 1 FROM sqlite_schema WHERE name = 'sqlite_stat1'";
+    assert_eq!(turn(&storage, analysed, &[]).unwrap().rows.len(), 0);
+}
+
+#[test]
+fn a_transaction_larger_than_allowed_is_refused_and_undone() {
+    let mut fixture = Fixture::new();
+    fixture.config.transaction_bytes_max = 4 << 20;
+    let storage = fixture.open();
+    turn(&storage, "CREATE TABLE t (a)", &[]).unwrap();
+    let fill = |rows: i64| {
+        let sql = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
+            INSERT INTO t SELECT zeroblob(10000) FROM n";
+        turn(&storage, sql, &[rows.into()])
+    };
+    fill(300).unwrap();
+    let error = fill(1000).unwrap_err();
+    assert!(matches!(error, StorageError::Full(_)), "{error}");
+    assert_eq!(
+        integers(&turn(&storage, "SELECT count(*) FROM t", &[]).unwrap()),
+        [300]
+    );
+    fill(300).unwrap();
+    let storage = fixture.open_after(storage);
+    assert_eq!(
+        integers(&turn(&storage, "SELECT count(*) FROM t", &[]).unwrap()),
+        [600]
+    );
+    let check = turn(&storage, "PRAGMA integrity_check", &[]).unwrap();
+    assert_eq!(check.rows, [[SqlValue::Text("ok".to_owned())]]);
+}

@@ -95,14 +95,22 @@ pub(crate) fn memory(connection: &Connection) -> usize {
         ffi::SQLITE_DBSTATUS_SCHEMA_USED,
         ffi::SQLITE_DBSTATUS_STMT_USED,
     ]
-    .map(|what| {
-        let (mut now, mut highest) = (0, 0);
-        // SAFETY: the handle is valid while the connection is borrowed, and used on its own thread; both
-        // out-pointers are to live integers.
-        unsafe { ffi::sqlite3_db_status(connection.handle(), what, &mut now, &mut highest, 0) };
-        usize::try_from(now).unwrap_or(0)
-    });
+    .map(|what| usize::try_from(status(connection, what)).unwrap_or(0));
     used.iter().sum()
+}
+
+/// Whether the open transaction has left a foreign key unsatisfied
+/// (<https://www.sqlite.org/c3ref/c_dbstatus_options.html#sqlitedbstatusdeferredfks>).
+pub(crate) fn has_violations(connection: &Connection) -> bool {
+    status(connection, ffi::SQLITE_DBSTATUS_DEFERRED_FKS) != 0
+}
+
+fn status(connection: &Connection, what: c_int) -> c_int {
+    let (mut now, mut highest) = (0, 0);
+    // SAFETY: the handle is valid while the connection is borrowed, and used on its own thread; both
+    // out-pointers are to live integers.
+    unsafe { ffi::sqlite3_db_status(connection.handle(), what, &mut now, &mut highest, 0) };
+    now
 }
 
 fn register() -> c_int {

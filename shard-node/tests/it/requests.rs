@@ -756,7 +756,7 @@ fn sql_keeps_every_value() {
         node.fetch("GET", "Sql", "a", "/exec", "").headers["allow"],
         "POST"
     );
-    assert!(node.result("Sql", "a", "size", json!([])).as_u64().unwrap() >= 4096);
+    assert!(node.result("Sql", "a", "size", json!([])).as_u64().unwrap() >= 2048);
     let script =
         "CREATE TABLE u (a); INSERT INTO u VALUES (1), (2); SELECT sum(a) AS s FROM u WHERE a >= ?";
     assert_eq!(

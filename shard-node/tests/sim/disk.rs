@@ -63,6 +63,8 @@ enum Entry {
 #[derive(Default, Clone)]
 struct Contents {
     of_log: bool,
+    /// Writing it failed in a sync of everything: its own next sync says so, too.
+    error: bool,
     seen: Vec<u8>,
     durable: Vec<u8>,
     pending: Vec<Change>,
@@ -174,6 +176,17 @@ impl SimDisk {
 
     pub(crate) fn has_stopped(&self) -> bool {
         self.world().stopped
+    }
+
+    /// The next sync of the log will report a write that failed.
+    pub(crate) fn log_has_error(&self) -> bool {
+        let world = self.world();
+        let logs = world.names.iter().filter(|(path, _)| is_log(path));
+        let last = logs.filter_map(|(_, entry)| match entry {
+            Entry::File(number) => Some(*number),
+            Entry::Directory => None,
+        });
+        last.last().is_some_and(|last| world.files[last].error)
     }
 
     pub(crate) fn set_faults(&self, faults: Vec<Fault>) {
@@ -394,7 +407,10 @@ impl Disk for SimDisk {
         for file in &mut world.files {
             match failed {
                 Ok(()) => file.sync(),
-                Err(_) if !world.stopped => file.fail_sync(),
+                Err(_) if !world.stopped && !file.pending.is_empty() => {
+                    file.fail_sync();
+                    file.error = true;
+                }
                 Err(_) => {}
             }
         }
@@ -449,9 +465,12 @@ impl DiskFile for SimFile {
     fn sync(&self) -> io::Result<()> {
         let mut world = self.disk.world();
         let of_log = world.files[self.number].of_log;
-        let failed = world.operation(of_log);
+        let mut failed = world.operation(of_log);
         let stopped = world.stopped;
         let file = &mut world.files[self.number];
+        if take(&mut file.error) && failed.is_ok() {
+            failed = Err(io::ErrorKind::Other.into());
+        }
         match failed {
             Ok(()) => file.sync(),
             Err(_) if !stopped => file.fail_sync(),

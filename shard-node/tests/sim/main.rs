@@ -8,4 +8,5 @@ mod crashes;
 mod differential;
 mod disk;
 mod faults;
+mod gate;
 mod node;

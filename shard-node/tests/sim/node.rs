@@ -196,6 +196,18 @@ impl Node {
     /// The disk works again, and the engine goes on without what it lost.
     pub(crate) fn recover(&mut self) {
         self.disk.set_faults(Vec::new());
+        self.go_on();
+        // An error that was not reported yet is, at the next commit.
+        while self.disk.log_has_error() {
+            let turn = "CREATE TABLE IF NOT EXISTS t (id INTEGER PRIMARY KEY, v BLOB)";
+            self.commit(0, &[turn, "INSERT INTO t (v) VALUES (x'01')"])
+                .unwrap();
+            self.settle();
+            self.go_on();
+        }
+    }
+
+    fn go_on(&mut self) {
         self.sleep_all();
         for _ in 0..100 {
             self.advance();
@@ -205,13 +217,7 @@ impl Node {
             self.engine.step();
             self.engine.tick();
         }
-        if let Err(error) = self.engine.check_writable() {
-            let until = self.engine.durable();
-            panic!(
-                "{error}, durable {until}: {:?}",
-                self.engine.advance().is_some()
-            );
-        }
+        self.engine.check_writable().unwrap();
         self.failed = false;
         if std::mem::take(&mut self.lost) {
             let durable = self.model.acknowledged;

@@ -53,6 +53,8 @@ pub(super) struct Database {
     pub(super) first_unflushed: Cell<Option<LogPosition>>,
     pub(super) since_capture: Cell<Option<LogPosition>>,
     pub(super) capturing: Cell<bool>,
+    /// It is in the list of those to be written soon.
+    pub(super) asleep: Cell<bool>,
     /// A connection has it.
     pub(super) open: Cell<bool>,
     /// Its last commits were lost with the log: nothing may be read from here any more.

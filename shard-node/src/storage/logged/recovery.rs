@@ -91,7 +91,8 @@ impl Inner {
     pub(super) fn adopt(&self, recovery: Recovery) {
         let mut databases = self.databases.borrow_mut();
         let mut dirty = self.core.dirty.borrow_mut();
-        for (id, found) in recovery.databases {
+        for (id, mut found) in recovery.databases {
+            found.overlay.replayed();
             let bytes =
                 u64::from(found.overlay.committed_pages()) * found.overlay.page_bytes() as u64;
             let database = Database {
@@ -103,6 +104,7 @@ impl Inner {
                 first_unflushed: Cell::new(Some(found.first)),
                 since_capture: Cell::new(None),
                 capturing: Cell::new(false),
+                asleep: Cell::new(true),
                 open: Cell::new(false),
                 lost: Cell::new(false),
                 named: RefCell::new(found.named.clone()),
@@ -146,6 +148,13 @@ impl Inner {
             lost.map(|database| database.id).collect()
         };
         self.catalogs.close();
+        // What it retires now may be what is to be replayed.
+        while self.checkpointer.is_busy() {
+            self.run_checkpointer();
+            if let Some(done) = self.checkpointer.take_done() {
+                self.checkpointed(done);
+            }
+        }
         if lost.is_empty() {
             core.log.reopen();
             return Some((failure, Vec::new()));
@@ -185,6 +194,8 @@ impl Inner {
                 let mut notes = core.notes.borrow_mut();
                 match notes.get_mut(&id) {
                     Some(newer) => newer.merge(note),
+                    // It was noted of a commit that is lost, too, and never existed.
+                    None if lost.contains(&id) => {}
                     None => drop(notes.insert(id, note)),
                 }
             }

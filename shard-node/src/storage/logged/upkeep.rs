@@ -24,6 +24,9 @@ const NOTES_MAX: usize = 4096;
 /// Ticks between two writes to the catalogs.
 const TICKS_PER_NOTES: u32 = 10;
 
+/// Checkpoints that may fail before an engine that closes gives up.
+const TRIES_AT_THE_END: u32 = 4;
+
 /// Ticks between a checkpoint that failed and the next try.
 const TICKS_AFTER_FAILURE: u32 = 10;
 
@@ -53,11 +56,10 @@ impl Inner {
         let noted = core.notes.borrow();
         let noted = noted.values().map(|note| note.since).chain(written_notes);
         let oldest = dirty.front().map(|(position, _)| *position);
-        written
-            .chain(noted)
-            .chain(oldest)
-            .min()
-            .unwrap_or_else(|| core.log.durable())
+        let needed = written.chain(noted).chain(oldest).min();
+        let needed = needed.unwrap_or_else(|| core.log.durable());
+        self.known_needed.set(needed);
+        needed
     }
 
     /// Everything that may happen to the log and the files since the last call.
@@ -88,16 +90,20 @@ impl Inner {
 
     /// Starts a job, if one is due and none is under way.
     pub(super) fn begin_checkpoint(self: &Rc<Self>) {
-        if self.checkpointer.is_busy() || self.waiting.borrow().is_some() || !self.log_is_open() {
+        let state = self.core.log.state();
+        let taken_back = !matches!(state, State::Failed(_));
+        if self.checkpointer.is_busy() || self.waiting.borrow().is_some() || !taken_back {
             return;
         }
+        // A full disk may be full of this log.
+        let full = matches!(&state, State::Reopening(failure) if failure.disk_full);
         let needed = self.needed();
         let log = &self.core.log;
         if log.may_retire(needed) {
             self.checkpointer.give(Job::Retire(needed));
             return;
         }
-        let pressed = log.end().0.saturating_sub(needed.0) > self.config.live_bytes_max / 2;
+        let pressed = full || log.end().0.saturating_sub(needed.0) > self.config.live_bytes_max / 2;
         let mut batch = Vec::new();
         while batch.len() < BATCH
             && let Some(id) = self.asleep.borrow_mut().pop()
@@ -130,6 +136,7 @@ impl Inner {
         let Some(database) = databases.get(&id) else {
             return;
         };
+        database.asleep.set(false);
         if database.first_unflushed.get().is_none() || database.capturing.replace(true) {
             return;
         }
@@ -204,18 +211,23 @@ impl Inner {
     /// Writes the notes that are durable to the catalogs. What cannot be written stays noted, and with it
     /// the part of the log it came from.
     pub(super) fn write_notes(self: &Rc<Self>) -> rusqlite::Result<()> {
-        let durable = self.core.log.durable();
         let mut by_catalog: BTreeMap<(FileId, ShardId), Vec<(FileId, Note)>> = BTreeMap::new();
         for (file, note) in self.core.notes.borrow().iter() {
-            if note.until <= durable {
-                let catalog = FileId::catalog(file.home(), note.shard);
-                let notes = by_catalog.entry((catalog, note.shard)).or_default();
-                notes.push((*file, note.clone()));
-            }
+            // Durable or not: the commit in the catalog comes later in the log than what it tells of.
+            let catalog = FileId::catalog(file.home(), note.shard);
+            let notes = by_catalog.entry((catalog, note.shard)).or_default();
+            notes.push((*file, note.clone()));
         }
+        let mut failed = Ok(());
         for ((catalog, shard), notes) in by_catalog {
             let connect = |catalog| self.open(catalog, shard);
-            let end = self.catalogs.write(catalog, &notes, &connect)?;
+            let end = match self.catalogs.write(catalog, &notes, &connect) {
+                Ok(end) => end,
+                Err(error) => {
+                    failed = Err(error);
+                    continue;
+                }
+            };
             let mut all = self.core.notes.borrow_mut();
             let mut written = self.written_notes.borrow_mut();
             for (file, note) in notes {
@@ -223,7 +235,8 @@ impl Inner {
                 written.push((end, file, note));
             }
         }
-        Ok(())
+        self.catalog_failed.set(failed.is_err());
+        failed
     }
 
     pub(super) fn try_write_notes(self: &Rc<Self>) {
@@ -266,14 +279,15 @@ impl Inner {
             self.flush_log()?;
         }
         self.catalogs.close();
-        // What failed before gets one more try.
-        self.wait_for_checkpointer()?;
-        self.checkpoint_failed.set(false);
+        let mut tries = TRIES_AT_THE_END;
         loop {
             self.wait_for_checkpointer()?;
-            if self.checkpoint_failed.get() {
-                let error = io::Error::other("the log keeps what they lack");
-                return Err(CloseError::Files(error));
+            if self.checkpoint_failed.take() {
+                tries -= 1;
+                if tries == 0 {
+                    let error = io::Error::other("the log keeps what they lack");
+                    return Err(CloseError::Files(error));
+                }
             }
             let dirty: Vec<FileId> = {
                 let databases = self.databases.borrow();
@@ -330,11 +344,17 @@ impl Inner {
                 self.flush_log()?;
             } else if !self.checkpointer.is_busy() {
                 return Ok(());
-            } else if matches!(*self.runner.borrow(), Runner::Nobody(_)) {
-                self.checkpointer.step();
             } else {
-                self.checkpointer.wait();
+                self.run_checkpointer();
             }
         }
+    }
+
+    /// Waits for the job under way, or does it where nobody else does.
+    pub(super) fn run_checkpointer(&self) {
+        if matches!(*self.runner.borrow(), Runner::Nobody(_)) {
+            self.checkpointer.step();
+        }
+        self.checkpointer.wait();
     }
 }
