@@ -117,6 +117,9 @@ pub struct ObjectsConfig {
     pub idle_after: Duration,
     /// Objects in memory per worker; for one more, the one that was idle longest leaves.
     pub awake_max: NonZeroU32,
+    /// Bytes that the databases of these objects may take in memory, per worker: page caches, schemas and
+    /// prepared statements. Beyond it the least recently used objects leave.
+    pub memory_bytes_max: NonZeroU64,
 }
 
 impl Default for ObjectsConfig {
@@ -124,6 +127,7 @@ impl Default for ObjectsConfig {
         Self {
             idle_after: Duration::from_secs(10),
             awake_max: NonZeroU32::new(10_000).expect("not zero"),
+            memory_bytes_max: NonZeroU64::new(1 << 30).expect("not zero"),
         }
     }
 }

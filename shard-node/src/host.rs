@@ -37,6 +37,9 @@ use crate::worker::or_abort;
 const TURNS_IN_A_ROW: usize = 64;
 const TIME_IN_A_ROW: Duration = Duration::from_millis(1);
 
+/// Objects whose memory is looked at in one tick, about a microsecond each.
+const MEASURED_PER_TICK: usize = 1000;
+
 /// When one object must leave memory: objects that were used lately and get a second chance, and busy
 /// ones looked at before giving up.
 const SECOND_CHANCES: usize = 16;
@@ -72,6 +75,8 @@ pub struct Host {
     by_use: RefCell<VecDeque<(Instant, Weak<Object>)>>,
     waiting: Cell<usize>,
     flights: Cell<u64>,
+    /// Bytes that the databases of all objects take, as far as known.
+    memory: Cell<usize>,
     /// The output gate: answers that may depend on what is not durable yet.
     gated: RefCell<VecDeque<Gated>>,
     /// The log has room again.
@@ -111,6 +116,7 @@ impl Host {
             by_use: RefCell::default(),
             waiting: Cell::new(0),
             flights: Cell::new(0),
+            memory: Cell::new(0),
             gated: RefCell::default(),
             room: Notify::new(),
             batch: RefCell::default(),
@@ -252,6 +258,7 @@ impl Host {
                 self.answer_overdue(&object, now);
             }
         }
+        self.keep_to_budget(now);
         // Every entry is looked at once at the most, even if nothing leaves.
         let entries = self.by_use.borrow().len();
         for _ in 0..entries {
@@ -261,6 +268,39 @@ impl Host {
             }
             self.look_at_oldest(now, false);
         }
+    }
+
+    /// Looks how much memory the objects take that were used lately; while all of them take too much, the
+    /// least recently used leave. A single one that takes all of it gives back what it only caches.
+    fn keep_to_budget(&self, now: Instant) {
+        let budget = self.config.objects.memory_bytes_max.get();
+        let mut left = MEASURED_PER_TICK;
+        for object in self.objects.borrow().values() {
+            let (before, measured) = object.memory.get();
+            if left > 0 && measured.is_none_or(|measured| measured < object.last_used.get()) {
+                left -= 1;
+                let mut bytes = object.context.storage().memory_bytes();
+                if bytes as u64 > budget / 2 {
+                    object.context.storage().shrink();
+                    bytes = object.context.storage().memory_bytes();
+                }
+                object.memory.set((bytes, Some(now)));
+                self.memory.set(self.memory.get() + bytes - before);
+            }
+        }
+        self.metrics.memory.set(self.memory.get() as f64);
+        let entries = self.by_use.borrow().len();
+        for _ in 0..entries {
+            if self.memory.get() as u64 <= budget {
+                break;
+            }
+            self.look_at_oldest(now, true);
+        }
+    }
+
+    fn forget_memory(&self, object: &Object) {
+        let (bytes, _) = object.memory.take();
+        self.memory.set(self.memory.get() - bytes);
     }
 
     /// Requests that wait in mailboxes.
@@ -279,6 +319,7 @@ impl Host {
     /// Stops everything: turns under way are dropped, databases are closed.
     pub fn shut_down(&self) {
         for (_, object) in self.objects.borrow_mut().drain() {
+            self.forget_memory(&object);
             object.break_up();
             self.metrics.awake(object.class.name()).decrement(1);
         }
@@ -370,6 +411,7 @@ impl Host {
     }
 
     fn evict(&self, object: &Object) {
+        self.forget_memory(object);
         self.objects.borrow_mut().remove(&object.id());
         self.metrics.evictions.increment(1);
         self.metrics.awake(object.class.name()).decrement(1);
@@ -541,6 +583,7 @@ impl Host {
             return;
         }
         self.metrics.resets.increment(1);
+        self.forget_memory(object);
         let name = object.context.name().ok().flatten();
         object.break_up();
         self.objects.borrow_mut().remove(&object.id());

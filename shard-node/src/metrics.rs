@@ -46,6 +46,8 @@ pub struct Metrics {
     pub mailbox_refusals: Counter,
     pub commits: Counter,
     pub log_waits: Counter,
+    /// Bytes of memory of the open databases of a worker.
+    pub memory: Gauge,
     log_syncs: Counter,
     log_bytes: Counter,
     pub log_sync_time: Histogram,
@@ -77,6 +79,7 @@ impl Metrics {
             mailbox_refusals: counter!("shard_mailbox_refusals_total"),
             commits: counter!("shard_commits_total"),
             log_waits: counter!("shard_log_waits_total"),
+            memory: gauge!("shard_storage_memory_bytes", "worker" => worker.clone()),
             log_syncs: counter!("shard_log_syncs_total", "worker" => worker.clone()),
             log_bytes: counter!("shard_log_bytes_total", "worker" => worker.clone()),
             log_sync_time: histogram!("shard_log_sync_seconds"),
@@ -162,6 +165,10 @@ fn describe() {
     describe_histogram!(
         "shard_log_sync_seconds",
         "Time to write and sync one group of commits"
+    );
+    describe_gauge!(
+        "shard_storage_memory_bytes",
+        "Memory of open databases: cached pages, schemas, prepared statements"
     );
     describe_gauge!(
         "shard_log_live_bytes",

@@ -34,6 +34,8 @@ pub(crate) struct Object {
     /// Turns that await something, by number, with what stops them.
     pub(crate) flights: RefCell<HashMap<u64, AbortHandle>>,
     pub(crate) last_used: Cell<Instant>,
+    /// Bytes of memory of its database when that was last looked at, and when.
+    pub(crate) memory: Cell<(usize, Option<Instant>)>,
     /// Reset: nothing runs in this copy any more.
     pub(crate) broken: Cell<bool>,
 }
@@ -57,6 +59,7 @@ impl Object {
             queued: Cell::new(false),
             flights: RefCell::default(),
             last_used: Cell::new(Instant::now()),
+            memory: Cell::new((0, None)),
             broken: Cell::new(false),
         }
     }

@@ -27,6 +27,7 @@ use std::time::Duration;
 use protocol::{ClassName, LogPosition, ObjectId, ObjectName, ShardId};
 use rusqlite::limits::Limit;
 use rusqlite::{Connection, Statement};
+use tracing::debug;
 
 pub use config::SqlConfig;
 pub use kv::{BATCH_KEYS_MAX, Entry, KEY_BYTES_MAX, KvError, ListOptions};
@@ -342,6 +343,16 @@ impl Storage {
         let open = self.open.borrow();
         open.as_ref()
             .map_or(0, |open| vfs::memory(&open.connection))
+    }
+
+    /// Gives back the memory that SQLite only caches with. Not while SQL runs.
+    pub fn shrink(&self) {
+        let open = self.open.borrow();
+        if let Some(open) = open.as_ref()
+            && let Err(error) = open.connection.release_memory()
+        {
+            debug!(object = %self.identity.id, %error, "memory could not be released");
+        }
     }
 
     pub fn shard(&self) -> ShardId {

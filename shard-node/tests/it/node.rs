@@ -262,3 +262,24 @@ fn a_stopping_node_answers_what_is_under_way() {
         "the port is closed"
     );
 }
+
+#[test]
+fn objects_leave_when_their_databases_take_too_much_memory() {
+    let node = TestNode::with(|config| {
+        config.objects.memory_bytes_max = std::num::NonZeroU64::new(1 << 20).unwrap();
+        config.objects.idle_after = Duration::from_secs(600);
+    });
+    for object in 0..100 {
+        node.result("Counter", &format!("c{object}"), "increment", json!([]));
+    }
+    // 100 small databases take about 2 MiB, besides the connections.
+    eventually("half of them sleep", || {
+        let awake = node.metric("shard_objects_awake{class=\"Counter\"}");
+        let memory = node.metric("shard_storage_memory_bytes{worker=\"0\"}");
+        awake < 70.0 && (1.0..=f64::from(1 << 20)).contains(&memory)
+    });
+    for object in 0..100 {
+        let value = node.result("Counter", &format!("c{object}"), "value", json!([]));
+        assert_eq!(value, 1, "object {object}");
+    }
+}

@@ -182,11 +182,13 @@ impl SimDisk {
     pub(crate) fn log_has_error(&self) -> bool {
         let world = self.world();
         let logs = world.names.iter().filter(|(path, _)| is_log(path));
-        let last = logs.filter_map(|(_, entry)| match entry {
+        let mut files = logs.filter_map(|(_, entry)| match entry {
             Entry::File(number) => Some(*number),
             Entry::Directory => None,
         });
-        last.last().is_some_and(|last| world.files[last].error)
+        files
+            .next_back()
+            .is_some_and(|last| world.files[last].error)
     }
 
     pub(crate) fn set_faults(&self, faults: Vec<Fault>) {
