@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use protocol::{ClassName, Home, ObjectId, ObjectName, ShardId};
 use shard_node::storage::{Identity, PlainFiles, SqlConfig, Storage};
 
@@ -36,10 +36,14 @@ fn storage(criterion: &mut Criterion) {
     exec(fill, 0);
     assert!(storage.commit().expect("the disk works"));
     criterion.bench_function("storage/point_select", |bencher| {
-        bencher.iter(|| exec("SELECT v FROM t WHERE id = ?", black_box(500)));
+        bencher.iter(|| {
+            storage.begin_segment();
+            exec("SELECT v FROM t WHERE id = ?", black_box(500))
+        });
     });
     criterion.bench_function("storage/1_plus_1000_selects", |bencher| {
         bencher.iter(|| {
+            storage.begin_segment();
             exec("SELECT id FROM t", 0);
             for id in 1..=1000 {
                 exec("SELECT v FROM t WHERE id = ?", black_box(id));
@@ -48,5 +52,32 @@ fn storage(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, storage);
+/// What every commit costs that waits for the disk alone: SQLite's own files, one sync each.
+fn plain_commit(criterion: &mut Criterion) {
+    let dir = tempfile::tempdir().expect("a directory for temporary files");
+    let class: ClassName = "Counter".parse().expect("legal");
+    let name: ObjectName = "bench".parse().expect("legal");
+    let identity = Identity {
+        id: ObjectId::named(&class, Home::Global, &name),
+        class,
+        name: Some(name),
+        shard: ShardId(0),
+    };
+    let engine = Rc::new(PlainFiles::new(dir.path()));
+    let storage = Storage::new(identity, engine, Arc::new(SqlConfig::default()));
+    let turn = |sql: &str| {
+        storage.begin_segment();
+        storage.exec(sql, &[], RESULT_BYTES).expect("legal");
+        storage.commit().expect("the disk works")
+    };
+    turn("CREATE TABLE counter (value INTEGER NOT NULL); INSERT INTO counter VALUES (0)");
+    let mut group = criterion.benchmark_group("storage");
+    group.throughput(Throughput::Elements(1));
+    group.bench_function("increment/plain_sync_each", |bencher| {
+        bencher.iter(|| turn("UPDATE counter SET value = value + 1"));
+    });
+    group.finish();
+}
+
+criterion_group!(benches, storage, plain_commit);
 criterion_main!(benches);

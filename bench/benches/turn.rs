@@ -23,6 +23,9 @@ use tokio::runtime::Runtime;
 use tokio::sync::Notify;
 use tokio::task::LocalSet;
 
+/// Rounds of calls between two ticks.
+const CALLS_PER_TICK: u32 = 100;
+
 /// A host on a directory of its own, its turn loop running.
 struct Fixture {
     host: Rc<Host>,
@@ -31,6 +34,7 @@ struct Fixture {
     runtime: Runtime,
     addresses: Vec<Address>,
     next: Cell<usize>,
+    calls: Cell<u32>,
     _dir: tempfile::TempDir,
 }
 
@@ -91,6 +95,7 @@ impl Fixture {
                 .expect("a runtime"),
             addresses: (0..objects).map(address).collect(),
             next: Cell::new(0),
+            calls: Cell::new(0),
             _dir: dir,
         };
         // Every object is awake and has its table.
@@ -119,8 +124,12 @@ impl Fixture {
             for call in calls.collect::<Vec<_>>() {
                 call.await.expect("no call panics");
             }
-            self.host.tick();
         });
+        // Ten times a second in a node; here once in a while, so that files are written and logs retired.
+        self.calls.set(self.calls.get() + 1);
+        if self.calls.get().is_multiple_of(CALLS_PER_TICK) {
+            self.host.tick();
+        }
     }
 }
 

@@ -38,7 +38,7 @@ const TURNS_IN_A_ROW: usize = 64;
 const TIME_IN_A_ROW: Duration = Duration::from_millis(1);
 
 /// Objects whose memory is looked at in one tick, about a microsecond each.
-const MEASURED_PER_TICK: usize = 1000;
+const MEASURED_PER_TICK: usize = 256;
 
 /// When one object must leave memory: objects that were used lately and get a second chance, and busy
 /// ones looked at before giving up.

@@ -1,0 +1,151 @@
+//! A million objects on one worker: how long until they exist, what a page of the catalog costs, and how
+//! soon is the worker back after a clean stop, and after its death? `OBJECTS=…` for another number.
+#![expect(clippy::print_stdout, reason = "the figures are the result")]
+
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use metrics::Histogram;
+use protocol::{ClassName, Home, ObjectId, ObjectName, ShardId};
+use shard_node::clock::{SystemClock, monotonic_nanos};
+use shard_node::disk::RealDisk;
+use shard_node::storage::logged::{PAGE_BYTES, Setup};
+use shard_node::storage::{Engine, Identity, LogConfig, Logged, SqlConfig, Storage};
+use tokio::sync::Notify;
+
+const SHARDS: u16 = 128;
+const RESULT_BYTES: usize = 1 << 20;
+
+/// Objects between two rounds of what a worker does ten times a second.
+const PER_TICK: u32 = 500;
+
+/// Objects that write once more before the death of the process.
+const LAST_WRITES: u32 = 50_000;
+
+fn main() {
+    let objects =
+        std::env::var("OBJECTS").map_or(1_000_000, |count| count.parse().expect("a number"));
+    let dir = tempfile::tempdir().expect("a directory for temporary files");
+    std::fs::create_dir_all(dir.path().join("shards")).expect("a directory");
+    let engine = open(dir.path());
+    let before = resident_mib();
+    let begun = monotonic_nanos();
+    write(&engine, 0..objects);
+    println!("created {objects} objects: {:.1} s", seconds(begun));
+    let begun = monotonic_nanos();
+    engine.close().expect("the disk works");
+    println!(
+        "clean stop, with what was not in the files yet: {:.1} s",
+        seconds(begun)
+    );
+    drop(engine);
+    let begun = monotonic_nanos();
+    let engine = open(dir.path());
+    println!(
+        "start after a clean stop: {:.3} s; memory {:.0} MiB more than at first",
+        seconds(begun),
+        resident_mib() - before
+    );
+    let begun = monotonic_nanos();
+    let total: u64 = (0..SHARDS)
+        .map(|shard| {
+            engine
+                .count(Home::Global, ShardId(shard))
+                .expect("the disk works")
+        })
+        .sum();
+    assert_eq!(total, u64::from(objects));
+    println!("counted all catalogs: {:.3} s", seconds(begun));
+    let mut pages = Vec::new();
+    for round in 0..200 {
+        let shard = ShardId(round % SHARDS);
+        let begun = monotonic_nanos();
+        let page = engine
+            .list(Home::Global, shard, None, 100)
+            .expect("the disk works");
+        pages.push(seconds(begun) * 1e3);
+        assert!(page.len() == 100 || objects < 100_000);
+    }
+    pages.sort_unstable_by(f64::total_cmp);
+    println!(
+        "a page of 100 rows: p50 {:.3} ms, p99 {:.3} ms",
+        pages[100], pages[198]
+    );
+    write(&engine, 0..LAST_WRITES.min(objects));
+    let live = engine.live_bytes();
+    // No flush, no farewell: what a death leaves.
+    drop(engine);
+    let begun = monotonic_nanos();
+    let engine = open(dir.path());
+    println!(
+        "start after a death, with {:.0} MiB of log: {:.3} s, {} databases recovered",
+        live as f64 / 1_048_576.0,
+        seconds(begun),
+        engine.databases().len()
+    );
+    let begun = monotonic_nanos();
+    engine.close().expect("the disk works");
+    println!("clean stop after that: {:.1} s", seconds(begun));
+}
+
+fn open(dir: &Path) -> Logged {
+    let setup = Setup {
+        disk: Arc::new(RealDisk::new(dir).expect("it was just made")),
+        data_dir: dir.to_owned(),
+        worker: 0,
+        log: LogConfig::default(),
+        page_bytes: PAGE_BYTES,
+        transaction_bytes_max: 128 << 20,
+        clock: Arc::new(SystemClock),
+        sync_time: Histogram::noop(),
+    };
+    Logged::open(setup, Arc::new(Notify::new())).expect("a log")
+}
+
+/// Every object wakes, counts once and sleeps.
+fn write(engine: &Logged, objects: std::ops::Range<u32>) {
+    let class: ClassName = "Counter".parse().expect("legal");
+    let config = Arc::new(SqlConfig::default());
+    let shared: Rc<dyn Engine> = Rc::new(engine.clone());
+    for number in objects {
+        let name: ObjectName = format!("object-{number}").parse().expect("legal");
+        let id = ObjectId::named(&class, Home::Global, &name);
+        let identity = Identity {
+            id,
+            class: class.clone(),
+            name: Some(name),
+            shard: id.shard(SHARDS),
+        };
+        let storage = Storage::new(identity, Rc::clone(&shared), Arc::clone(&config));
+        storage.begin_segment();
+        let sql =
+            "CREATE TABLE IF NOT EXISTS counter (id INTEGER PRIMARY KEY, value INTEGER NOT NULL);
+            INSERT INTO counter VALUES (1, 1) ON CONFLICT DO UPDATE SET value = value + 1";
+        storage.exec(sql, &[], RESULT_BYTES).expect("legal");
+        storage.commit().expect("the disk works");
+        drop(storage);
+        engine.release();
+        if number.is_multiple_of(PER_TICK) {
+            Engine::tick(engine);
+        }
+        // As a worker does: no turn while the disk is behind.
+        while engine.is_full() {
+            std::thread::yield_now();
+            Engine::tick(engine);
+        }
+    }
+}
+
+fn seconds(begun: u64) -> f64 {
+    (monotonic_nanos() - begun) as f64 / 1e9
+}
+
+fn resident_mib() -> f64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").expect("Linux");
+    let pages = statm
+        .split(' ')
+        .nth(1)
+        .and_then(|pages| pages.parse::<f64>().ok());
+    pages.expect("a number") * 4096.0 / 1_048_576.0
+}
