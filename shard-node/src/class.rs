@@ -28,7 +28,7 @@ pub use serde_json::Value as Json;
 
 use crate::clock::Clock;
 use crate::object::drop_class_code;
-use crate::storage::{KvError, Storage, StorageError};
+use crate::storage::{KvError, STATEMENTS_CACHED, Storage, StorageError};
 
 /// The code of a class of objects. One value per node, shared by all workers.
 pub trait Class: Send + Sync + 'static {
@@ -36,6 +36,12 @@ pub trait Class: Send + Sync + 'static {
 
     /// The methods that [`Instance::call`] answers to, for the refusal of any other.
     fn methods(&self) -> &'static [&'static str];
+
+    /// Prepared statements that each awake object keeps, a few KiB of memory each. More than a class has
+    /// different texts of SQL are of no use.
+    fn statements_cached(&self) -> usize {
+        STATEMENTS_CACHED
+    }
 
     /// The constructor. Runs as part of the first turn after sleep; if it fails, so does that turn.
     fn construct(&self, context: Context) -> Result<Rc<dyn Instance>, ClassError>;
@@ -92,7 +98,11 @@ impl ClassError {
     pub fn resets(&self) -> bool {
         matches!(
             self,
-            Self::Storage(StorageError::OutOfTime(_) | StorageError::Broken { .. })
+            Self::Storage(
+                StorageError::OutOfTime(_)
+                    | StorageError::OutOfMemory(_)
+                    | StorageError::Broken { .. }
+            )
         )
     }
 
@@ -117,7 +127,7 @@ fn storage_code(error: &StorageError) -> ErrorCode {
         StorageError::Kv(
             KvError::EmptyKey | KvError::KeyTooLong(_) | KvError::BatchTooLarge(_),
         ) => ErrorCode::BadRequest,
-        StorageError::OutOfTime(_) => ErrorCode::ObjectReset,
+        StorageError::OutOfTime(_) | StorageError::OutOfMemory(_) => ErrorCode::ObjectReset,
         StorageError::Full(_) | StorageError::RolledBack => ErrorCode::StorageFull,
         StorageError::Broken { .. } => ErrorCode::Internal,
         StorageError::LogFailed(_) => ErrorCode::Unavailable,

@@ -32,8 +32,6 @@ pub trait Disk: Send + Sync + 'static {
 
     fn remove_file(&self, path: &Path) -> io::Result<()>;
 
-    fn remove_dir(&self, path: &Path) -> io::Result<()>;
-
     /// Makes the names in a directory durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
 
@@ -105,10 +103,6 @@ impl Disk for RealDisk {
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
         std::fs::remove_file(path)
-    }
-
-    fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        std::fs::remove_dir(path)
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {

@@ -350,7 +350,8 @@ impl Host {
             identity,
             Rc::clone(&self.engine),
             Arc::clone(&self.config.sql),
-        );
+        )
+        .cache_statements(address.class.statements_cached());
         let context = Context::new(address.id, class, storage, Arc::clone(&self.clock));
         Rc::new(Object::new(Arc::clone(&address.class), context, mailbox))
     }

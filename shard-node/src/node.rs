@@ -15,13 +15,14 @@ use ops::metrics::Registry;
 use ops::process::{self, Signals};
 use protocol::Ring;
 use tokio::sync::watch;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::classes::Classes;
 use crate::clock::SystemClock;
 use crate::config::{Args, Config};
 use crate::data_dir::{DataDir, DataDirError};
 use crate::host::HostConfig;
+use crate::storage::heap;
 use crate::storage::logged::OpenError;
 use crate::worker::{Order, Worker};
 
@@ -62,6 +63,9 @@ impl Node {
     /// the node serves.
     pub fn start(config: &Config, classes: &Classes) -> Result<Self, StartError> {
         config.validate()?;
+        if !heap::install() {
+            warn!("SQLite was in use before the node: sql.memory_bytes_max has no effect");
+        }
         let data_dir = DataDir::open(&config.data_dir, config.ring.shards)?;
         let listeners = listen(&config.listen, config.worker_count())?;
         let addresses: Vec<SocketAddr> = listeners
@@ -109,20 +113,22 @@ impl Node {
                 recovered,
                 order: orders.clone(),
             };
-            let thread = worker.spawn().map_err(|source| StartError::Thread {
-                worker: number,
-                source,
-            })?;
+            let thread = match worker.spawn() {
+                Ok(thread) => thread,
+                Err(source) => {
+                    give_up(order, threads);
+                    return Err(StartError::Thread {
+                        worker: number,
+                        source,
+                    });
+                }
+            };
             threads.push(thread);
         }
         for (worker, told) in recovering {
             // A worker that ends without a word has aborted the process.
             if let Ok(Err(source)) = told.recv() {
-                // The others may still write to the directory, which is ours until they end.
-                drop(order);
-                for thread in threads {
-                    drop(thread.join());
-                }
+                give_up(order, threads);
                 return Err(StartError::Recover { worker, source });
             }
         }
@@ -175,6 +181,15 @@ impl Node {
             }
         }
         drop(self.data_dir);
+    }
+}
+
+/// Ends workers that were started in vain. They may still write to the directory, which is ours until then.
+fn give_up(order: watch::Sender<Order>, threads: Vec<JoinHandle<()>>) {
+    drop(order);
+    for thread in threads {
+        // A panic there has aborted the process.
+        drop(thread.join());
     }
 }
 

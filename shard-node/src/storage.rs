@@ -10,6 +10,7 @@
 mod authorizer;
 mod config;
 mod functions;
+pub(crate) mod heap;
 mod kv;
 pub mod logged;
 pub(crate) mod overlay;
@@ -44,8 +45,8 @@ use authorizer::Guard;
 /// Tables of ours in every object's database begin with this; SQL of classes cannot touch them.
 pub const RESERVED_PREFIX: &str = "_dormouse_";
 
-/// Prepared statements kept per awake object, a few KiB each.
-const STATEMENTS_CACHED: usize = 32;
+/// Prepared statements kept per awake object, a few KiB each, unless its class says otherwise.
+pub const STATEMENTS_CACHED: usize = 32;
 
 /// Why storage did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +60,9 @@ pub enum StorageError {
     /// The time of the turn is over. The transaction is gone; the object must be reset.
     #[error("SQL ran longer than sql.turn_time_max = {0:?} in one turn")]
     OutOfTime(Duration),
+    /// A statement took too much memory. The transaction is gone; the object must be reset.
+    #[error("a statement took more memory than sql.memory_bytes_max = {0}")]
+    OutOfMemory(u64),
     /// The disk or the object's share of it is full. Nothing of this turn was kept.
     #[error("storage is full: {0}")]
     Full(String),
@@ -189,6 +193,7 @@ pub struct Storage {
     engine: Rc<dyn Engine>,
     config: Arc<SqlConfig>,
     guard: Arc<Guard>,
+    statements_cached: usize,
     open: RefCell<Option<Open>>,
     /// The object left memory; another copy of it may have the database open.
     closed: Cell<bool>,
@@ -237,6 +242,7 @@ impl Storage {
             identity,
             engine,
             config,
+            statements_cached: STATEMENTS_CACHED,
             open: RefCell::new(None),
             closed: Cell::new(false),
             segment: Cell::new(Segment::Clean),
@@ -246,6 +252,13 @@ impl Storage {
             confirm: Cell::new(false),
             gate: Cell::new(LogPosition::ZERO),
         }
+    }
+
+    /// Keeps so many prepared statements instead of [`STATEMENTS_CACHED`].
+    #[must_use]
+    pub fn cache_statements(mut self, count: usize) -> Self {
+        self.statements_cached = count;
+        self
     }
 
     /// The object's name, if it has one and anybody ever called it by that name.
@@ -723,7 +736,7 @@ impl Storage {
             }
             let page_bytes: i64 =
                 connection.pragma_query_value(None, "page_size", |row| row.get(0))?;
-            connection.set_prepared_statement_cache_capacity(STATEMENTS_CACHED);
+            connection.set_prepared_statement_cache_capacity(self.statements_cached);
             let pages =
                 i64::try_from(self.config.database_bytes_max).unwrap_or(i64::MAX) / page_bytes;
             connection.pragma_update(None, "max_page_count", pages)?;
@@ -757,6 +770,7 @@ impl Storage {
             Some(Code::AuthorizationForStatementDenied) => {
                 StorageError::Denied(self.guard.take_denial().unwrap_or(message))
             }
+            Some(Code::OutOfMemory) => StorageError::OutOfMemory(self.config.memory_bytes_max),
             Some(Code::OperationInterrupted) => StorageError::OutOfTime(self.config.turn_time_max),
             Some(Code::DiskFull) => StorageError::Full(message),
             Some(
@@ -770,8 +784,7 @@ impl Storage {
                 | Code::ReadOnly
                 | Code::PermissionDenied
                 | Code::InternalMalfunction
-                | Code::ApiMisuse
-                | Code::OutOfMemory,
+                | Code::ApiMisuse,
             ) => StorageError::Broken {
                 object: self.identity.id,
                 message,

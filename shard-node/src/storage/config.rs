@@ -15,6 +15,8 @@ pub struct SqlConfig {
     pub turn_time_max: Duration,
     /// Size of one object's database. At the limit writes fail with `storage_full`; reads still work.
     pub database_bytes_max: u64,
+    /// Memory that one statement may take, for sorting and gathering. Beyond it the object is reset.
+    pub memory_bytes_max: u64,
     /// Bytes of pages that one turn may write; it is held in memory until it is in the commit log.
     /// Beyond it the turn fails with `storage_full`.
     pub transaction_bytes_max: u64,
@@ -33,6 +35,7 @@ impl Default for SqlConfig {
         Self {
             turn_time_max: Duration::from_secs(5),
             database_bytes_max: 10 << 30,
+            memory_bytes_max: 128 << 20,
             transaction_bytes_max: 128 << 20,
             value_bytes_max: 2 << 20,
             statement_bytes_max: 100 << 10,
@@ -88,6 +91,12 @@ impl SqlConfig {
             return Err(format!(
                 "sql.transaction_bytes_max = {} must be from 4 MiB to 1 GiB",
                 self.transaction_bytes_max
+            ));
+        }
+        if self.memory_bytes_max < 16 << 20 {
+            return Err(format!(
+                "sql.memory_bytes_max = {} must be at least 16 MiB",
+                self.memory_bytes_max
             ));
         }
         if self.turn_time_max < Duration::from_millis(1)

@@ -3,7 +3,7 @@
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Statement};
 
-use super::{SqlValue, Storage, StorageError, statements};
+use super::{SqlValue, Storage, StorageError, heap, statements};
 
 /// What a row, and a value however small, count against the bound of a result: each exists for a
 /// moment as a SQL value, as JSON and as text.
@@ -45,6 +45,7 @@ impl Storage {
             });
         }
         let _user = self.guard.user_sql(sql);
+        let _limited = heap::limit(self.config.memory_bytes_max);
         let mut rest = statements::skip_blank(sql);
         if rest.is_empty() {
             return Err(StorageError::Sql {

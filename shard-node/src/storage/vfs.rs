@@ -1,4 +1,4 @@
-//! SQLite's files, as calls of a safe trait: the only `unsafe` code of the node.
+//! SQLite's files, as calls of a safe trait: with [`heap`](super::heap) the only `unsafe` code of the node.
 //!
 //! One VFS (<https://www.sqlite.org/vfs.html>) is registered per process. It opens main databases
 //! only, and only the one that [`connect`] holds ready on the same thread; journals and temporary

@@ -764,3 +764,30 @@ fn sql_keeps_every_value() {
         json!({"s": 2})
     );
 }
+
+#[test]
+fn a_statement_that_takes_all_memory_resets_its_object_and_no_other() {
+    let node = TestNode::with(|config| config.sql.memory_bytes_max = 32 << 20);
+    node.result(
+        "Sql",
+        "a",
+        "exec",
+        json!(["CREATE TABLE t (n); INSERT INTO t VALUES (1)"]),
+    );
+    node.result("Counter", "b", "increment", json!([]));
+    let sort = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 400000)
+        SELECT count(*) FROM (SELECT randomblob(1000) AS r FROM n ORDER BY r LIMIT 399999)";
+    let answer = node.call("Sql", "a", "exec", json!([sort]));
+    assert_eq!(
+        (answer.status, answer.code()),
+        (500, "object_reset"),
+        "{answer:?}"
+    );
+    assert!(
+        answer.detail().contains("sql.memory_bytes_max = 33554432"),
+        "{answer:?}"
+    );
+    let rows = node.result("Sql", "a", "exec", json!(["SELECT n FROM t"]));
+    assert_eq!(rows["rows"], json!([[1]]));
+    assert_eq!(node.result("Counter", "b", "value", json!([])), 1);
+}

@@ -388,13 +388,6 @@ impl Disk for SimDisk {
         Ok(())
     }
 
-    fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        let mut world = self.world();
-        world.operation(is_log(path))?;
-        world.change(path, None);
-        Ok(())
-    }
-
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         let mut world = self.world();
         world.operation(is_log(path))?;
