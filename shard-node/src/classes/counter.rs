@@ -40,11 +40,6 @@ impl Class for Counter {
         &["increment", "value", "reset"]
     }
 
-    fn statements_cached(&self) -> usize {
-        // Ours around each turn, and the two that read and write the value.
-        12
-    }
-
     fn construct(&self, context: Context) -> Result<Rc<dyn Instance>, ClassError> {
         Ok(Rc::new(Count {
             context,
