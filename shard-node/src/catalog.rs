@@ -44,8 +44,6 @@ pub(crate) struct Note {
     pub(crate) shard: ShardId,
     /// Where the oldest of these commits is in the log.
     pub(crate) since: LogPosition,
-    /// Where the latest of them ends: the note may be written once this is durable.
-    pub(crate) until: LogPosition,
     pub(crate) named: Option<Named>,
     pub(crate) bytes: u64,
     pub(crate) first_ms: u64,

@@ -406,6 +406,11 @@ impl HttpBody for Held {
         mut self: Pin<&mut Self>,
         cx: &mut task::Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.awake.0.storage.is_closed() {
+            self.gated = None;
+            drop_class_code(self.body.take());
+            return Poll::Ready(Some(Err("the object was reset".into())));
+        }
         if self.gated.is_none() {
             match self.produce(cx) {
                 Poll::Ready(frame) => self.gated = Some(frame),
@@ -413,11 +418,6 @@ impl HttpBody for Held {
             }
         }
         let storage = &self.awake.0.storage;
-        if storage.is_closed() {
-            self.gated = None;
-            drop_class_code(self.body.take());
-            return Poll::Ready(Some(Err("the object was reset".into())));
-        }
         if !storage.is_durable(cx.waker()) {
             return Poll::Pending;
         }

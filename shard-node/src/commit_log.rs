@@ -97,6 +97,15 @@ pub(crate) enum State {
     Reopening(LogFailure),
 }
 
+/// A log at one moment.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Standing {
+    pub(crate) open: bool,
+    /// So much waits for the disk that nothing should be added.
+    pub(crate) is_full: bool,
+    pub(crate) end: LogPosition,
+}
+
 /// Why a log stopped.
 #[derive(Debug, Clone)]
 pub struct LogFailure {
@@ -175,9 +184,14 @@ impl Log {
         self.lock().state.clone()
     }
 
-    /// Whether so much waits for the disk that nothing should be added.
-    pub(crate) fn is_full(&self) -> bool {
-        self.lock().pending.len() >= UNSYNCED_BYTES_MAX
+    /// Whether the log can be written, and what waits for the disk.
+    pub(crate) fn standing(&self) -> Standing {
+        let inner = self.lock();
+        Standing {
+            open: matches!(inner.state, State::Open),
+            is_full: inner.pending.len() >= UNSYNCED_BYTES_MAX,
+            end: inner.base.after(inner.pending.len()),
+        }
     }
 
     /// After a failure: drops what was not durable and lets the writer try a fresh segment.
@@ -228,11 +242,7 @@ impl Log {
 
     /// Whether there is a segment whose records are all before `needed`.
     pub(crate) fn may_retire(&self, needed: LogPosition) -> bool {
-        let inner = self.lock();
-        inner
-            .segments
-            .get(1)
-            .is_some_and(|second| second.start <= needed)
+        self.lock().first_before(needed).is_some()
     }
 
     /// The segment that is written, or was last.

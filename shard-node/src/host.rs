@@ -37,8 +37,8 @@ use crate::worker::or_abort;
 const TURNS_IN_A_ROW: usize = 64;
 const TIME_IN_A_ROW: Duration = Duration::from_millis(1);
 
-/// Objects whose memory is looked at in one tick, about a microsecond each.
-const MEASURED_PER_TICK: usize = 256;
+/// How often the memory of an object that is used is looked at, about a microsecond each time.
+const MEASURE_EVERY: Duration = Duration::from_secs(1);
 
 /// When one object must leave memory: objects that were used lately and get a second chance, and busy
 /// ones looked at before giving up.
@@ -270,24 +270,27 @@ impl Host {
         }
     }
 
-    /// Looks how much memory the objects take that were used lately; while all of them take too much, the
-    /// least recently used leave. A single one that takes all of it gives back what it only caches.
+    /// Looks how much memory an object takes that was just used. A single one that takes all of the budget
+    /// gives back what it only caches.
+    fn measure(&self, object: &Object, now: Instant) {
+        let (before, measured) = object.memory.get();
+        let lately = |measured| now.saturating_duration_since(measured) < MEASURE_EVERY;
+        if measured.is_some_and(lately) || object.broken.get() {
+            return;
+        }
+        let storage = object.context.storage();
+        let mut bytes = storage.memory_bytes();
+        if bytes as u64 > self.config.objects.memory_bytes_max.get() / 2 {
+            storage.shrink();
+            bytes = storage.memory_bytes();
+        }
+        object.memory.set((bytes, Some(now)));
+        self.memory.set(self.memory.get() + bytes - before);
+    }
+
+    /// While all objects together take too much memory, the least recently used leave.
     fn keep_to_budget(&self, now: Instant) {
         let budget = self.config.objects.memory_bytes_max.get();
-        let mut left = MEASURED_PER_TICK;
-        for object in self.objects.borrow().values() {
-            let (before, measured) = object.memory.get();
-            if left > 0 && measured.is_none_or(|measured| measured < object.last_used.get()) {
-                left -= 1;
-                let mut bytes = object.context.storage().memory_bytes();
-                if bytes as u64 > budget / 2 {
-                    object.context.storage().shrink();
-                    bytes = object.context.storage().memory_bytes();
-                }
-                object.memory.set((bytes, Some(now)));
-                self.memory.set(self.memory.get() + bytes - before);
-            }
-        }
         self.metrics.memory.set(self.memory.get() as f64);
         let entries = self.by_use.borrow().len();
         for _ in 0..entries {
@@ -471,6 +474,7 @@ impl Host {
         self.commit(object, &mut batch);
         self.batch.replace(batch);
         object.last_used.set(now);
+        self.measure(object, now);
         let flights_full =
             object.flights.borrow().len() >= self.config.mailbox.in_flight_max.get() as usize;
         if !object.broken.get() && !object.mailbox.borrow().is_empty() && !flights_full {

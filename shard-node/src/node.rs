@@ -80,6 +80,10 @@ impl Node {
         let registry = Arc::new(Registry::default());
         let (order, orders) = watch::channel(Order::Recover);
         let mut orphans = data_dir.workers_from(config.worker_count())?;
+        let disks: Vec<_> = listeners
+            .iter()
+            .map(|_| data_dir.disk())
+            .collect::<Result<_, _>>()?;
         let mut recovering = Vec::new();
         let host = HostConfig {
             mailbox: config.mailbox.clone(),
@@ -87,7 +91,7 @@ impl Node {
             sql: Arc::new(config.sql.clone()),
         };
         let mut threads = Vec::with_capacity(listeners.len());
-        for (number, listener) in (0..).zip(listeners) {
+        for (number, (listener, disk)) in (0..).zip(listeners.into_iter().zip(disks)) {
             let me = ring
                 .workers()
                 .iter()
@@ -107,7 +111,7 @@ impl Node {
                 clock: Arc::new(SystemClock),
                 registry: Arc::clone(&registry),
                 drain_max: config.drain_max,
-                disk: data_dir.disk()?,
+                disk,
                 log: config.log.clone(),
                 orphans: std::mem::take(&mut orphans),
                 recovered,

@@ -742,7 +742,6 @@ impl Storage {
             connection.pragma_update(None, "max_page_count", pages)?;
             connection.pragma_update(None, "foreign_keys", true)?;
             connection.pragma_update(None, "trusted_schema", false)?;
-            connection.pragma_update(None, "temp_store", "MEMORY")?;
             functions::install(connection, self.config.value_bytes_max as usize)?;
             self.guard.install(connection)
         })();

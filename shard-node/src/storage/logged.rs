@@ -338,9 +338,9 @@ impl Logged {
             .count(FileId::catalog(home, shard), &connect)
     }
 
-    /// Writes to the catalogs what they do not have yet, as far as it is durable.
+    /// Writes to the catalogs what they do not have yet.
     pub fn write_notes(&self) -> rusqlite::Result<()> {
-        self.0.write_notes()
+        self.0.write_notes(usize::MAX)
     }
 
     /// What the log counted.
@@ -351,15 +351,6 @@ impl Logged {
     /// Bytes of the log that recovery would read.
     pub fn live_bytes(&self) -> u64 {
         self.0.core.log.live_bytes()
-    }
-
-    /// Bytes of pages in memory that files lack, and of open databases.
-    pub fn overlay_bytes(&self) -> usize {
-        let databases = self.0.databases.borrow();
-        databases
-            .values()
-            .map(|database| database.overlay.borrow().bytes())
-            .sum()
     }
 
     /// Opens a database by its id, for tools. It must not be open.
@@ -446,31 +437,20 @@ impl Inner {
             .core
             .overlay_of_file(id, shard)
             .map_err(|error| failed(&format!("read the file of {id}: {error}")))?;
-        let database = Rc::new(Database {
-            id,
-            shard,
-            core: Rc::clone(&self.core),
-            overlay: RefCell::new(overlay),
-            last: Cell::new((LogPosition::ZERO, LogPosition::ZERO)),
-            first_unflushed: Cell::new(None),
-            since_capture: Cell::new(None),
-            capturing: Cell::new(false),
-            asleep: Cell::new(false),
-            open: Cell::new(false),
-            lost: Cell::new(false),
-            named: RefCell::new(None),
-            tell_name: Cell::new(false),
-            room: Cell::new(self.core.transaction_bytes_max),
-            noted: Cell::new(noted),
-        });
+        let database = Rc::new(Database::new(id, shard, Rc::clone(&self.core), overlay));
+        database.noted.set(noted);
         self.databases.borrow_mut().insert(id, Rc::clone(&database));
         Ok(database)
     }
 
-    /// Bytes of the log that recovery would need, as far as known.
-    fn needed_bytes(&self) -> u64 {
-        let end = self.core.log.end().0;
-        end.saturating_sub(self.known_needed.get().0)
+    /// Files or catalogs cannot be written, so the log cannot get shorter.
+    fn is_stuck(&self) -> bool {
+        self.checkpoint_failed.get() || self.catalog_failed.get()
+    }
+
+    /// Whether recovery would need more of a log that ends there than it may.
+    fn is_behind(&self, end: LogPosition) -> bool {
+        end.0.saturating_sub(self.known_needed.get().0) > self.config.live_bytes_max
     }
 
     /// The connection of a database is closed.
@@ -516,16 +496,12 @@ impl Engine for Logged {
         let inner = &*self.0;
         let failure = match inner.core.log.state() {
             State::Failed(failure) | State::Reopening(failure) => failure,
-            State::Open => {
-                let held = inner.needed_bytes();
-                let stuck = inner.checkpoint_failed.get() || inner.catalog_failed.get();
-                if stuck && held > inner.config.live_bytes_max {
-                    return Err(StorageError::Full(
-                        "the log is full, and the files cannot be written".to_owned(),
-                    ));
-                }
-                return Ok(());
+            State::Open if inner.is_stuck() && inner.is_behind(inner.core.log.end()) => {
+                return Err(StorageError::Full(
+                    "the log is full, and the files cannot be written".to_owned(),
+                ));
             }
+            State::Open => return Ok(()),
         };
         Err(StorageError::log(&failure))
     }
@@ -544,13 +520,9 @@ impl Engine for Logged {
 
     fn is_full(&self) -> bool {
         let inner = &*self.0;
-        if !inner.log_is_open() {
-            // Writes are refused; reads must go on.
-            return false;
-        }
-        let stuck = inner.checkpoint_failed.get() || inner.catalog_failed.get();
-        let behind = inner.needed_bytes() > inner.config.live_bytes_max;
-        inner.core.log.is_full() || (behind && !stuck)
+        let log = inner.core.log.standing();
+        // While the log is not open writes are refused; reads must go on.
+        log.open && (log.is_full || (inner.is_behind(log.end) && !inner.is_stuck()))
     }
 
     fn advance(&self) -> Option<(StorageError, Vec<ObjectId>)> {

@@ -94,11 +94,6 @@ impl Overlay {
         self.pages
     }
 
-    /// Bytes of pages in memory.
-    pub(crate) fn bytes(&self) -> usize {
-        (self.committed.len() + self.written.len() + self.spare.len()) * self.page_bytes
-    }
-
     /// Bytes that the open transaction wrote.
     pub(crate) fn written_bytes(&self) -> usize {
         self.written.len() * self.page_bytes

@@ -162,6 +162,27 @@ impl Descriptors {
 }
 
 impl Database {
+    /// One that nobody has open, whose file has all that was committed.
+    pub(super) fn new(id: FileId, shard: ShardId, core: Rc<Core>, overlay: Overlay) -> Self {
+        Self {
+            id,
+            shard,
+            overlay: RefCell::new(overlay),
+            last: Cell::new((LogPosition::ZERO, LogPosition::ZERO)),
+            first_unflushed: Cell::new(None),
+            since_capture: Cell::new(None),
+            capturing: Cell::new(false),
+            asleep: Cell::new(false),
+            open: Cell::new(false),
+            lost: Cell::new(false),
+            named: RefCell::new(None),
+            tell_name: Cell::new(false),
+            room: Cell::new(core.transaction_bytes_max),
+            noted: Cell::new((0, 0)),
+            core,
+        }
+    }
+
     pub(super) fn is_dirty_since(&self, position: LogPosition) -> bool {
         self.first_unflushed.get() == Some(position) || self.since_capture.get() == Some(position)
     }
@@ -172,7 +193,7 @@ impl Database {
     }
 
     /// Notes for the catalog what this commit changed of what it knows.
-    pub(super) fn note(&self, begin: LogPosition, end: LogPosition, now: u64, told_name: bool) {
+    pub(super) fn note(&self, begin: LogPosition, now: u64, told_name: bool) {
         let overlay = self.overlay.borrow();
         let bytes = u64::from(overlay.committed_pages()) * overlay.page_bytes() as u64;
         let (noted_bytes, noted_used) = self.noted.get();
@@ -185,13 +206,11 @@ impl Database {
         let note = notes.entry(self.id).or_insert_with(|| Note {
             shard: self.shard,
             since: begin,
-            until: end,
             named: None,
             bytes,
             first_ms: now,
             used_ms: now,
         });
-        note.until = end;
         note.bytes = bytes;
         note.used_ms = note.used_ms.max(now);
         note.named.clone_from(&self.named.borrow());
@@ -299,7 +318,7 @@ impl DatabaseFile for Database {
             self.core.dirty.borrow_mut().push_back((begin, self.id));
         }
         if !self.id.is_catalog() {
-            self.note(begin, end, now, told_name);
+            self.note(begin, now, told_name);
         }
     }
 }

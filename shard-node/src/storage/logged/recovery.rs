@@ -1,6 +1,5 @@
 //! Databases out of the log: when the engine starts, and when the log has lost what was not durable.
 
-use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::path::Path;
@@ -95,28 +94,17 @@ impl Inner {
             found.overlay.replayed();
             let bytes =
                 u64::from(found.overlay.committed_pages()) * found.overlay.page_bytes() as u64;
-            let database = Database {
-                id,
-                shard: found.shard,
-                core: Rc::clone(&self.core),
-                overlay: RefCell::new(found.overlay),
-                last: Cell::new(found.last),
-                first_unflushed: Cell::new(Some(found.first)),
-                since_capture: Cell::new(None),
-                capturing: Cell::new(false),
-                asleep: Cell::new(true),
-                open: Cell::new(false),
-                lost: Cell::new(false),
-                named: RefCell::new(found.named.clone()),
-                tell_name: Cell::new(false),
-                room: Cell::new(self.core.transaction_bytes_max),
-                noted: Cell::new((bytes, found.last_ms)),
-            };
+            let core = Rc::clone(&self.core);
+            let database = Database::new(id, found.shard, core, found.overlay);
+            database.last.set(found.last);
+            database.first_unflushed.set(Some(found.first));
+            database.asleep.set(true);
+            database.named.borrow_mut().clone_from(&found.named);
+            database.noted.set((bytes, found.last_ms));
             if !id.is_catalog() {
                 let note = Note {
                     shard: found.shard,
                     since: found.first,
-                    until: found.last.1,
                     named: found.named,
                     bytes,
                     first_ms: found.first_ms,

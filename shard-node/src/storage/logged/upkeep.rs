@@ -18,8 +18,10 @@ use crate::commit_log::segment::{Header, Segment};
 /// Databases written at once.
 const BATCH: usize = 512;
 
-/// Notes that are written to the catalogs before their time because they are many.
-const NOTES_MAX: usize = 4096;
+/// Notes that are written to the catalogs before their time because they are many, and how many of them
+/// are written at once: some milliseconds, in which no turn runs.
+const NOTES_MAX: usize = 1024;
+const NOTES_AT_ONCE: usize = 1024;
 
 /// Ticks between two writes to the catalogs.
 const TICKS_PER_NOTES: u32 = 10;
@@ -208,11 +210,11 @@ impl Inner {
         }
     }
 
-    /// Writes the notes that are durable to the catalogs. What cannot be written stays noted, and with it
-    /// the part of the log it came from.
-    pub(super) fn write_notes(self: &Rc<Self>) -> rusqlite::Result<()> {
+    /// Writes up to `count` notes to the catalogs. What cannot be written stays noted, and with it the
+    /// part of the log it came from.
+    pub(super) fn write_notes(self: &Rc<Self>, count: usize) -> rusqlite::Result<()> {
         let mut by_catalog: BTreeMap<(FileId, ShardId), Vec<(FileId, Note)>> = BTreeMap::new();
-        for (file, note) in self.core.notes.borrow().iter() {
+        for (file, note) in self.core.notes.borrow().iter().take(count) {
             // Durable or not: the commit in the catalog comes later in the log than what it tells of.
             let catalog = FileId::catalog(file.home(), note.shard);
             let notes = by_catalog.entry((catalog, note.shard)).or_default();
@@ -241,7 +243,7 @@ impl Inner {
 
     pub(super) fn try_write_notes(self: &Rc<Self>) {
         if self.log_is_open()
-            && let Err(error) = self.write_notes()
+            && let Err(error) = self.write_notes(NOTES_AT_ONCE)
         {
             warn!(%error, "the catalog could not be written");
         }
@@ -275,7 +277,7 @@ impl Inner {
         self.flush_log()?;
         self.wait_for_checkpointer()?;
         while !self.core.notes.borrow().is_empty() {
-            self.write_notes().map_err(CloseError::Catalog)?;
+            self.write_notes(usize::MAX).map_err(CloseError::Catalog)?;
             self.flush_log()?;
         }
         self.catalogs.close();
