@@ -9,6 +9,7 @@
 
 mod authorizer;
 mod config;
+mod engine;
 mod functions;
 pub(crate) mod heap;
 mod kv;
@@ -30,9 +31,10 @@ use rusqlite::limits::Limit;
 use rusqlite::{Connection, Statement};
 use tracing::debug;
 
-pub use config::SqlConfig;
+pub use config::{LogConfig, SqlConfig};
+pub use engine::{Engine, Handle, Opened, commit_statement};
 pub use kv::{BATCH_KEYS_MAX, Entry, KEY_BYTES_MAX, KvError, ListOptions};
-pub use logged::{LogConfig, Logged};
+pub use logged::Logged;
 pub use plain_files::PlainFiles;
 /// One SQL value: NULL, a 64-bit integer, a real, a text or a blob.
 pub use rusqlite::types::Value as SqlValue;
@@ -41,6 +43,7 @@ pub use sql::Rows;
 use crate::commit_log::LogFailure;
 use crate::commit_log::record::Named;
 use authorizer::Guard;
+use engine::prepare_ours;
 
 /// Tables of ours in every object's database begin with this; SQL of classes cannot touch them.
 pub const RESERVED_PREFIX: &str = "_dormouse_";
@@ -100,89 +103,6 @@ impl StorageError {
             Self::LogFailed(failure.message.to_string())
         }
     }
-}
-
-/// Opens databases and makes their commits durable. One per worker, on its thread.
-pub trait Engine {
-    /// The database of an object; empty if it never wrote.
-    fn open(&self, object: &Identity) -> rusqlite::Result<Opened>;
-
-    /// Whether a write that begins now can become durable.
-    fn check_writable(&self) -> Result<(), StorageError> {
-        Ok(())
-    }
-
-    /// All commits that end at or before this position survive a loss of power.
-    fn durable(&self) -> LogPosition {
-        LogPosition(u64::MAX)
-    }
-
-    /// Wakes when the log is durable up to `position`, or failed.
-    fn wake_at(&self, _position: LogPosition, waker: &Waker) {
-        waker.wake_by_ref();
-    }
-
-    /// The worker has nothing else to do at once: what was committed may be written.
-    fn release(&self) {}
-
-    /// So much waits for the disk that no turn should begin.
-    fn is_full(&self) -> bool {
-        false
-    }
-
-    /// Something happened to the log or the files. If commits were lost: why, and the objects that must
-    /// be reset to what is durable.
-    fn advance(&self) -> Option<(StorageError, Vec<ObjectId>)> {
-        None
-    }
-
-    /// Housekeeping, ten times a second.
-    fn tick(&self) {}
-}
-
-/// An open database.
-pub struct Opened {
-    pub connection: Connection,
-    pub handle: Box<dyn Handle>,
-}
-
-impl Opened {
-    pub fn close(self) {
-        self.handle.close(self.connection);
-    }
-}
-
-/// What an engine knows of a database that is open.
-pub trait Handle {
-    /// Ends the open transaction, with [`commit_statement`]. The commit is durable when
-    /// [`Engine::durable`] reaches the position; `None` if nothing had changed.
-    fn commit(&self, connection: &Connection) -> rusqlite::Result<Option<LogPosition>>;
-
-    /// The transaction was rolled back.
-    fn rolled_back(&self) {}
-
-    /// Where the last commit of this database ends.
-    fn last_commit(&self) -> LogPosition {
-        LogPosition::ZERO
-    }
-
-    /// `false` if the database is known to be empty.
-    fn is_stored(&self) -> bool {
-        true
-    }
-
-    /// Whose database it is; if that is `new`, the next commit tells the catalog.
-    fn identify(&self, _named: Named, _new: bool) {}
-
-    /// The object leaves memory. If it never committed anything, nothing of it may stay.
-    fn close(self: Box<Self>, connection: Connection);
-}
-
-/// `COMMIT`, for engines.
-pub fn commit_statement(connection: &Connection) -> rusqlite::Result<()> {
-    prepare_ours(connection, "COMMIT /* _dormouse_ */")?
-        .raw_execute()
-        .map(drop)
 }
 
 /// The database of one object.
@@ -797,17 +717,6 @@ impl Drop for Storage {
     fn drop(&mut self) {
         self.close();
     }
-}
-
-/// Prepares one of our own statements, or takes it from the cache. Its text must name our prefix, if
-/// only in a comment: SQL of classes with that prefix never comes from the cache, so a class that
-/// gives the same text cannot get a statement that was authorized for us.
-fn prepare_ours<'c>(
-    connection: &'c Connection,
-    sql: &str,
-) -> rusqlite::Result<rusqlite::CachedStatement<'c>> {
-    debug_assert!(authorizer::mentions_reserved(sql), "{sql:?}");
-    connection.prepare_cached(sql)
 }
 
 fn contains_ignore_case(text: &str, part: &str) -> bool {

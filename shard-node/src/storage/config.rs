@@ -1,4 +1,4 @@
-//! What the SQL of one object may take.
+//! `[sql]`: what the SQL of one object may take; `[log]`: the commit log.
 
 use std::time::Duration;
 
@@ -105,6 +105,45 @@ impl SqlConfig {
             return Err(format!(
                 "sql.turn_time_max = {:?} must be from 1ms to 5m",
                 self.turn_time_max
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// `[log]`: the commit log of each worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// Bytes after which a segment is full and the next one begins.
+    pub segment_bytes: u64,
+    /// Bytes of the log that may be needed for recovery, which bounds its time. At half of it the
+    /// databases that were not written for longest are written to their files; at all of it new writes
+    /// wait for that.
+    pub live_bytes_max: u64,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self {
+            segment_bytes: 32 << 20,
+            live_bytes_max: 256 << 20,
+        }
+    }
+}
+
+impl LogConfig {
+    pub fn validate(&self) -> Result<(), String> {
+        if !((1 << 20)..=(1 << 30)).contains(&self.segment_bytes) {
+            return Err(format!(
+                "log.segment_bytes = {} must be from 1 MiB to 1 GiB",
+                self.segment_bytes
+            ));
+        }
+        if self.live_bytes_max < 2 * self.segment_bytes {
+            return Err(format!(
+                "log.live_bytes_max = {} must be at least twice log.segment_bytes = {}, or every commit would wait for a checkpoint",
+                self.live_bytes_max, self.segment_bytes
             ));
         }
         Ok(())

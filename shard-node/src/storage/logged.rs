@@ -10,6 +10,7 @@
 //! the log, and the log is kept from the first of them on.
 
 mod database;
+mod handle;
 mod recovery;
 mod upkeep;
 
@@ -17,75 +18,36 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::rc::{Rc, Weak};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Waker;
 use std::thread::JoinHandle;
 
 use metrics::Histogram;
-use protocol::{Home, LogPosition, ObjectId, ShardId};
+use protocol::{Home, LogPosition, ShardId};
 use rusqlite::Connection;
-use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
-use tracing::{info, warn};
+use tracing::info;
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
 use super::overlay::Capture;
 use super::vfs::{self, DatabaseFile};
-use super::{Engine, Handle, Identity, Opened, StorageError, commit_statement};
+use super::{LogConfig, Opened};
 use crate::catalog::{Catalogs, Note, Row};
 use crate::checkpoint::{Checkpointer, Flush};
 use crate::clock::Clock;
-use crate::commit_log::record::{FileId, Named};
+use crate::commit_log::record::FileId;
 use crate::commit_log::replay::{ReplayError, Replayed, replay};
-use crate::commit_log::{Log, LogFailure, State, Stats, Writer};
+use crate::commit_log::{Log, LogFailure, Stats, Writer};
 use crate::disk::{Disk, create_dirs};
 use crate::worker::abort_on_panic;
 use database::{Core, Database};
+use handle::OpenDatabase;
 use recovery::{Recovery, rewrite_end, sync_names};
 
 /// Bytes of a page of a new database. Measured (`cargo bench --bench pages`): against 4096, an awake object
 /// takes 33 KiB less and a small commit a fifth less time; a scan takes 40 % more.
 pub const PAGE_BYTES: u32 = 1024;
-
-/// `[log]`: the commit log of each worker.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct LogConfig {
-    /// Bytes after which a segment is full and the next one begins.
-    pub segment_bytes: u64,
-    /// Bytes of the log that may be needed for recovery, which bounds its time. At half of it the
-    /// databases that were not written for longest are written to their files; at all of it new writes
-    /// wait for that.
-    pub live_bytes_max: u64,
-}
-
-impl Default for LogConfig {
-    fn default() -> Self {
-        Self {
-            segment_bytes: 32 << 20,
-            live_bytes_max: 256 << 20,
-        }
-    }
-}
-
-impl LogConfig {
-    pub fn validate(&self) -> Result<(), String> {
-        if !((1 << 20)..=(1 << 30)).contains(&self.segment_bytes) {
-            return Err(format!(
-                "log.segment_bytes = {} must be from 1 MiB to 1 GiB",
-                self.segment_bytes
-            ));
-        }
-        if self.live_bytes_max < 2 * self.segment_bytes {
-            return Err(format!(
-                "log.live_bytes_max = {} must be at least twice log.segment_bytes = {}, or every commit would wait for a checkpoint",
-                self.live_bytes_max, self.segment_bytes
-            ));
-        }
-        Ok(())
-    }
-}
 
 /// What an engine is made of.
 pub struct Setup {
@@ -162,7 +124,7 @@ impl Logged {
     /// lack is in memory afterwards, and is written in the background.
     ///
     /// `progress` is notified when more is durable, or anything else calls for
-    /// [`advance`](Engine::advance).
+    /// [`advance`](super::Engine::advance).
     ///
     /// # Errors
     /// The log is damaged, from another version, or cannot be read. Nothing was changed.
@@ -485,103 +447,4 @@ fn failed(message: &str) -> rusqlite::Error {
         rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CANTOPEN),
         Some(message.to_owned()),
     )
-}
-
-impl Engine for Logged {
-    fn open(&self, object: &Identity) -> rusqlite::Result<Opened> {
-        self.0.open(object.id.into(), object.shard)
-    }
-
-    fn check_writable(&self) -> Result<(), StorageError> {
-        let inner = &*self.0;
-        let failure = match inner.core.log.state() {
-            State::Failed(failure) | State::Reopening(failure) => failure,
-            State::Open if inner.is_stuck() && inner.is_behind(inner.core.log.end()) => {
-                return Err(StorageError::Full(
-                    "the log is full, and the files cannot be written".to_owned(),
-                ));
-            }
-            State::Open => return Ok(()),
-        };
-        Err(StorageError::log(&failure))
-    }
-
-    fn durable(&self) -> LogPosition {
-        self.0.core.log.durable()
-    }
-
-    fn wake_at(&self, position: LogPosition, waker: &Waker) {
-        self.0.waiters.borrow_mut().push((position, waker.clone()));
-    }
-
-    fn release(&self) {
-        self.0.core.log.release();
-    }
-
-    fn is_full(&self) -> bool {
-        let inner = &*self.0;
-        let log = inner.core.log.standing();
-        // While the log is not open writes are refused; reads must go on.
-        log.open && (log.is_full || (inner.is_behind(log.end) && !inner.is_stuck()))
-    }
-
-    fn advance(&self) -> Option<(StorageError, Vec<ObjectId>)> {
-        self.0.advance();
-        let taken_back = self.0.take_back();
-        let (durable, failed) = (self.durable(), taken_back.is_some());
-        let woken = |(position, _): &mut (LogPosition, Waker)| failed || *position <= durable;
-        let woken: Vec<_> = self.0.waiters.borrow_mut().extract_if(.., woken).collect();
-        for (_, waker) in woken {
-            waker.wake();
-        }
-        let (failure, objects) = taken_back?;
-        Some((StorageError::log(&failure), objects))
-    }
-
-    fn tick(&self) {
-        self.0.tick();
-    }
-}
-
-/// A database that a [`Storage`](super::Storage) has open.
-struct OpenDatabase {
-    engine: Weak<Inner>,
-    database: Rc<Database>,
-}
-
-impl Handle for OpenDatabase {
-    fn commit(&self, connection: &Connection) -> rusqlite::Result<Option<LogPosition>> {
-        let before = self.database.last.get().1;
-        commit_statement(connection)?;
-        let after = self.database.last.get().1;
-        Ok((after != before).then_some(after))
-    }
-
-    fn rolled_back(&self) {
-        self.database.rolled_back();
-    }
-
-    fn last_commit(&self) -> LogPosition {
-        self.database.last.get().1
-    }
-
-    fn is_stored(&self) -> bool {
-        self.database.overlay.borrow().committed_pages() > 0
-    }
-
-    fn identify(&self, named: Named, new: bool) {
-        *self.database.named.borrow_mut() = Some(named);
-        if new {
-            self.database.tell_name.set(true);
-        }
-    }
-
-    fn close(self: Box<Self>, connection: Connection) {
-        if let Err((_, error)) = connection.close() {
-            warn!(database = %self.database.id, %error, "closing a database failed");
-        }
-        if let Some(engine) = self.engine.upgrade() {
-            engine.closed(&self.database);
-        }
-    }
 }
