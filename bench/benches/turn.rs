@@ -9,6 +9,7 @@ use std::sync::Arc;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ops::metrics::Registry;
 use protocol::{Home, ObjectId, ShardId};
+use shard_node::alarms::AlarmsConfig;
 use shard_node::class::{Args, Class};
 use shard_node::classes::Classes;
 use shard_node::clock::SystemClock;
@@ -63,6 +64,7 @@ impl Fixture {
         let config = HostConfig {
             mailbox: MailboxConfig::default(),
             objects: ObjectsConfig::default(),
+            alarms: AlarmsConfig::default(),
             sql: Arc::default(),
         };
         let metrics = Rc::new(Metrics::new(Arc::new(Registry::default()), 0));

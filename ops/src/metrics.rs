@@ -16,6 +16,9 @@ const SECONDS: [f64; 15] = [
     2.5, 10.0,
 ];
 
+/// The same of what lies ahead: the advisor's limits for alarms are 30 seconds, a minute and an hour.
+const AHEAD_SECONDS: [f64; 8] = [1.0, 5.0, 30.0, 60.0, 300.0, 3600.0, 86_400.0, 604_800.0];
+
 /// Histograms keep samples until somebody drains them; without a scraper this does it.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
@@ -28,6 +31,8 @@ impl Default for Registry {
     fn default() -> Self {
         let recorder = PrometheusBuilder::new()
             .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)
+            .expect("the list of bounds is not empty")
+            .set_buckets_for_metric(Matcher::Suffix("_ahead_seconds".to_owned()), &AHEAD_SECONDS)
             .expect("the list of bounds is not empty")
             .build_recorder();
         Self {

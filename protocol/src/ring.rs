@@ -153,6 +153,12 @@ impl Ring {
         &self.workers
     }
 
+    /// Every home that some node serves.
+    pub fn homes(&self) -> impl Iterator<Item = Home> {
+        let colos = self.colos.iter().map(|(colo, _)| Home::Colo(*colo));
+        std::iter::once(Home::Global).chain(colos)
+    }
+
     pub fn shard_of(&self, object: ObjectId) -> ShardId {
         object.shard(self.document.shards)
     }

@@ -8,6 +8,7 @@
 //! handler fails, undone. While one handler awaits, others of the same object may run, as
 //! everywhere Durable Objects exist. Fields are not undone: change storage first, fields after.
 
+mod alarm;
 mod body;
 
 use std::cell::Cell;
@@ -16,12 +17,14 @@ use std::ops::RangeInclusive;
 use std::rc::Rc;
 use std::sync::Arc;
 
+pub(crate) use alarm::AlarmHandler;
 pub use body::Body;
 use futures_util::future::LocalBoxFuture;
 use http::{Request, Response};
 use protocol::{ClassName, ErrorCode, ObjectId, ObjectName, Problem};
 pub use serde_json::Value as Json;
 
+pub use crate::alarm::AlarmInfo;
 use crate::clock::Clock;
 use crate::storage::{KvError, STATEMENTS_CACHED, Storage, StorageError};
 
@@ -38,6 +41,11 @@ pub trait Class: Send + Sync + 'static {
         STATEMENTS_CACHED
     }
 
+    /// Whether [`Instance::alarm`] does something. Without it no alarm can be set.
+    fn handles_alarms(&self) -> bool {
+        false
+    }
+
     /// The constructor. Runs as part of the first turn after sleep; if it fails, so does that turn.
     fn construct(&self, context: Context) -> Result<Rc<dyn Instance>, ClassError>;
 }
@@ -49,6 +57,16 @@ pub trait Instance: 'static {
 
     /// Answers a call of one of [`Class::methods`].
     fn call(self: Rc<Self>, method: &str, args: Args) -> Turn<Json>;
+
+    /// Runs when the alarm is due, at least once: again after an error, and if the node died before the
+    /// turn was durable. The alarm is gone with the commit that ends the handler, unless the handler
+    /// has set it again; an error leaves it as it was, for another try.
+    fn alarm(self: Rc<Self>, _info: AlarmInfo) -> Turn<()> {
+        Turn::Done(Err(ClassError::Thrown {
+            name: "TypeError".to_owned(),
+            message: "the class has no alarm handler".to_owned(),
+        }))
+    }
 }
 
 /// One event applied from start to end, or still running.
@@ -109,6 +127,9 @@ impl ClassError {
             Self::MethodNotAllowed { allow, .. } => Problem::method_not_allowed(allow, detail),
             Self::PayloadTooLarge(_) => Problem::new(ErrorCode::PayloadTooLarge, detail),
             Self::Thrown { .. } => Problem::new(ErrorCode::Internal, detail),
+            Self::Storage(error) if error.is_of_the_platform() => {
+                return Problem::new(storage_code(error), detail);
+            }
             Self::Storage(error) => Problem::new(storage_code(error), detail),
         }
         .from_class()
@@ -123,7 +144,9 @@ fn storage_code(error: &StorageError) -> ErrorCode {
             KvError::EmptyKey | KvError::KeyTooLong(_) | KvError::BatchTooLarge(_),
         ) => ErrorCode::BadRequest,
         StorageError::OutOfTime(_) | StorageError::OutOfMemory(_) => ErrorCode::ObjectReset,
-        StorageError::Full(_) | StorageError::RolledBack => ErrorCode::StorageFull,
+        StorageError::Full(_) | StorageError::DiskFull(_) | StorageError::RolledBack => {
+            ErrorCode::StorageFull
+        }
         StorageError::Broken { .. } => ErrorCode::Internal,
         StorageError::LogFailed(_) => ErrorCode::Unavailable,
     }
@@ -142,6 +165,20 @@ struct Inner {
     holds: Cell<u32>,
     /// A commit outside of any turn failed: memory and database may differ.
     failed: Cell<bool>,
+    handles_alarms: bool,
+    /// The alarm handler is under way.
+    alarm_run: Cell<Option<AlarmRun>>,
+    /// What runs now is a stretch of that handler.
+    in_alarm: Cell<bool>,
+}
+
+/// An alarm handler under way.
+#[derive(Debug, Clone, Copy)]
+struct AlarmRun {
+    /// The alarm that it runs for.
+    number: i64,
+    /// What the handler made of the alarm: written with the commit that ends it.
+    set: Option<Option<u64>>,
 }
 
 /// Keeps its object in memory until it is dropped.
@@ -170,6 +207,7 @@ impl Context {
         class: ClassName,
         storage: Storage,
         clock: Arc<dyn Clock>,
+        handles_alarms: bool,
     ) -> Self {
         Self(Rc::new(Inner {
             id,
@@ -178,6 +216,9 @@ impl Context {
             clock,
             holds: Cell::new(0),
             failed: Cell::new(false),
+            handles_alarms,
+            alarm_run: Cell::new(None),
+            in_alarm: Cell::new(false),
         }))
     }
 

@@ -8,7 +8,7 @@ mod values;
 
 use std::sync::Arc;
 
-use protocol::ClassName;
+use protocol::{ClassName, ObjectId};
 
 use crate::class::Class;
 
@@ -34,6 +34,13 @@ impl Classes {
 
     pub fn iter(&self) -> impl Iterator<Item = &Arc<dyn Class>> {
         self.0.iter()
+    }
+
+    /// The class that an id is bound to, if it is one of these.
+    pub fn of(&self, id: ObjectId) -> Option<&Arc<dyn Class>> {
+        self.0
+            .iter()
+            .find(|class| id.check_class(class.name()).is_ok())
     }
 
     /// All names, for the refusal of one that is not among them.

@@ -11,6 +11,7 @@ use protocol::ring::{RingDocument, RingNode};
 use protocol::{Colo, Ring, RingVersion, limits};
 use serde::{Deserialize, Serialize};
 
+use crate::alarms::AlarmsConfig;
 use crate::storage::{LogConfig, SqlConfig};
 
 /// Everything a node can be told. Every key has a default; `config/shard-node.toml` shows them all.
@@ -40,6 +41,7 @@ pub struct Config {
     pub objects: ObjectsConfig,
     pub sql: SqlConfig,
     pub log: LogConfig,
+    pub alarms: AlarmsConfig,
 }
 
 impl Default for Config {
@@ -59,6 +61,7 @@ impl Default for Config {
             objects: ObjectsConfig::default(),
             sql: SqlConfig::default(),
             log: LogConfig::default(),
+            alarms: AlarmsConfig::default(),
         }
     }
 }
@@ -158,7 +161,8 @@ impl Config {
                 self.objects.idle_after
             ));
         }
-        if let Err(reason) = self.sql.validate().and_then(|()| self.log.validate()) {
+        let tables = self.sql.validate().and_then(|()| self.log.validate());
+        if let Err(reason) = tables.and_then(|()| self.alarms.validate()) {
             return rule(reason);
         }
         ops::config::require_token_off_loopback(

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::disk::{Disk, RealDisk};
 
 /// Version of the layout under the data directory.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// Why a data directory cannot be used.
 #[derive(Debug, thiserror::Error)]

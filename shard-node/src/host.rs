@@ -24,7 +24,9 @@ use tokio::time::Instant;
 use tracing::warn;
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
-use crate::class::{Class, ClassError, Context, Turn};
+use crate::alarm::AlarmInfo;
+use crate::alarms::{AlarmsConfig, Firing, Timers};
+use crate::class::{AlarmHandler, Class, ClassError, Context, Json, Turn};
 use crate::clock::Clock;
 use crate::config::{MailboxConfig, ObjectsConfig};
 use crate::metrics::Metrics;
@@ -51,6 +53,7 @@ pub struct HostConfig {
     pub mailbox: MailboxConfig,
     pub objects: ObjectsConfig,
     pub sql: Arc<SqlConfig>,
+    pub alarms: AlarmsConfig,
 }
 
 /// Whom a request is for. The id was checked against the class; the name, if any, leads to the id.
@@ -68,6 +71,7 @@ pub struct Host {
     engine: Rc<dyn Engine>,
     clock: Arc<dyn Clock>,
     metrics: Rc<Metrics>,
+    timers: Rc<Timers>,
     objects: RefCell<HashMap<ObjectId, Rc<Object>, Xxh3DefaultBuilder>>,
     ready: RefCell<VecDeque<Rc<Object>>>,
     work: Notify,
@@ -106,6 +110,7 @@ impl Host {
         metrics: Rc<Metrics>,
     ) -> Rc<Self> {
         Rc::new(Self {
+            timers: Timers::new(Arc::clone(&clock), Rc::clone(&metrics)),
             config,
             engine,
             clock,
@@ -209,7 +214,7 @@ impl Host {
     /// what is durable.
     fn take_back(self: &Rc<Self>, error: &StorageError, objects: &[ObjectId]) {
         let code = match error {
-            StorageError::Full(_) => ErrorCode::StorageFull,
+            StorageError::DiskFull(_) => ErrorCode::StorageFull,
             _ => ErrorCode::ObjectReset,
         };
         let problem = Problem::new(
@@ -233,6 +238,8 @@ impl Host {
             drop(reply.send(answer));
         }
         for id in objects {
+            // Its alarm may be another now: a look finds out.
+            self.timers.set(*id, Some(self.clock.unix_millis()));
             let object = self.objects.borrow().get(id).cloned();
             if let Some(object) = object {
                 self.reset(&object);
@@ -306,6 +313,11 @@ impl Host {
         self.memory.set(self.memory.get() - bytes);
     }
 
+    /// When the objects' alarms are due.
+    pub fn timers(&self) -> &Rc<Timers> {
+        &self.timers
+    }
+
     /// Requests that wait in mailboxes.
     pub fn waiting(&self) -> usize {
         self.waiting.get()
@@ -354,8 +366,11 @@ impl Host {
             Rc::clone(&self.engine),
             Arc::clone(&self.config.sql),
         )
-        .cache_statements(address.class.statements_cached());
-        let context = Context::new(address.id, class, storage, Arc::clone(&self.clock));
+        .cache_statements(address.class.statements_cached())
+        .with_timers(Rc::clone(&self.timers));
+        let clock = Arc::clone(&self.clock);
+        let handles_alarms = address.class.handles_alarms();
+        let context = Context::new(address.id, class, storage, clock, handles_alarms);
         Rc::new(Object::new(Arc::clone(&address.class), context, mailbox))
     }
 
@@ -544,7 +559,7 @@ impl Host {
         let Letter { event, reply, .. } = letter;
         let mut running = None;
         let outcome = object.segment(&self.metrics, || {
-            let mut turn = match begin(object, event) {
+            let mut turn = match self.begin(object, event) {
                 Ok(Turn::Done(result)) => return Poll::Ready(result),
                 Ok(Turn::Running(future)) => future,
                 Err(error) => return Poll::Ready(Err(error)),
@@ -618,19 +633,87 @@ enum Look {
     Busy,
 }
 
-/// Hands an event to the instance.
-fn begin(object: &Object, event: Event) -> Result<Turn<Reply>, ClassError> {
-    let instance = object.instance()?;
-    Ok(match event {
-        Event::Fetch(request) => map_turn(instance.fetch(request), Reply::Response),
-        Event::Call { method, args } => {
-            let methods = object.class.methods();
-            if !methods.contains(&method.as_ref()) {
-                return Err(no_method(object.class.name(), &method, methods));
+impl Host {
+    /// Hands an event to the instance.
+    fn begin(&self, object: &Object, event: Event) -> Result<Turn<Reply>, ClassError> {
+        Ok(match event {
+            Event::Fetch(request) => map_turn(object.instance()?.fetch(request), Reply::Response),
+            Event::Call { method, args } => {
+                let instance = object.instance()?;
+                let methods = object.class.methods();
+                if !methods.contains(&method.as_ref()) {
+                    return Err(no_method(object.class.name(), &method, methods));
+                }
+                map_turn(instance.call(&method, args), Reply::Value)
             }
-            map_turn(instance.call(&method, args), Reply::Value)
-        }
-    })
+            Event::Alarm(firing) => map_turn(self.begin_alarm(object, &firing)?, |()| {
+                Reply::Value(Json::Null)
+            }),
+            Event::Operate(operation) => Turn::Done(operation(&object.context).map(Reply::Value)),
+        })
+    }
+
+    /// Runs the alarm's handler if the alarm is due, and takes the alarm away with its success.
+    fn begin_alarm(&self, object: &Object, firing: &Firing) -> Result<Turn<()>, ClassError> {
+        let context = &object.context;
+        let alarm = context.storage().alarm()?;
+        let due = alarm
+            .state
+            .pending
+            .filter(|pending| pending.next_ms <= context.unix_millis());
+        let Some(due) = due else {
+            // It was changed, or never became durable.
+            let next_ms = alarm.state.pending.map(|pending| pending.next_ms);
+            self.timers.set(object.id(), next_ms);
+            return Ok(Turn::Done(Ok(())));
+        };
+        self.timers.count_begun(due.next_ms);
+        firing.number.set(Some(alarm.number));
+        context.begin_alarm(alarm.number);
+        let instance = object.instance()?;
+        let info = AlarmInfo {
+            scheduled_ms: due.scheduled_ms,
+            retry_count: due.retries,
+        };
+        let class = object.class.name().clone();
+        let metrics = Rc::clone(&self.metrics);
+        Ok(match context.in_alarm(|| instance.alarm(info)) {
+            Turn::Done(Ok(())) => {
+                let idle = !context.storage().has_written();
+                context.end_alarm()?;
+                metrics.alarm(&class, if idle { "idle" } else { "done" });
+                Turn::Done(Ok(()))
+            }
+            Turn::Done(Err(error)) => {
+                context.drop_alarm_run();
+                Turn::Done(Err(error))
+            }
+            Turn::Running(handler) => {
+                let run_time_max = self.config.alarms.run_time_max;
+                let context = context.clone();
+                let handler = AlarmHandler {
+                    context: context.clone(),
+                    handler,
+                };
+                Turn::run(async move {
+                    let ended = tokio::time::timeout(run_time_max, handler).await;
+                    context.drop_alarm_run();
+                    ended.unwrap_or_else(|_| Err(ran_too_long(run_time_max)))?;
+                    metrics.alarm(&class, "done");
+                    Ok(())
+                })
+            }
+        })
+    }
+}
+
+fn ran_too_long(run_time_max: Duration) -> ClassError {
+    ClassError::Thrown {
+        name: "TimeoutError".to_owned(),
+        message: format!(
+            "the alarm handler ran longer than alarms.run_time_max = {run_time_max:?}"
+        ),
+    }
 }
 
 fn no_method(class: &ClassName, method: &str, methods: &[&str]) -> ClassError {

@@ -7,6 +7,8 @@
 //! [`class`]'s instance inside one transaction of the object's [`storage`]; the reply leaves once
 //! that transaction is durable.
 
+pub mod alarm;
+pub mod alarms;
 pub mod catalog;
 mod checkpoint;
 pub mod class;

@@ -14,6 +14,7 @@ use metrics::{
 use ops::metrics::Registry;
 use protocol::{ClassName, ErrorCode};
 
+use crate::alarms::Standing;
 use crate::storage::Logged;
 
 /// How a request ended: with an answer of the object, or refused by the system.
@@ -55,6 +56,14 @@ pub struct Metrics {
     pub activations: Counter,
     pub evictions: Counter,
     pub resets: Counter,
+    alarms: RefCell<HashMap<(ClassName, &'static str), Counter>>,
+    alarms_ahead: RefCell<HashMap<ClassName, Histogram>>,
+    pub alarm_lateness: Histogram,
+    pub alarms_postponed: Counter,
+    pub alarms_found: Counter,
+    alarms_pending: Gauge,
+    alarms_running: Gauge,
+    alarms_overdue: Gauge,
 }
 
 type ByCode = HashMap<Code, Requests>;
@@ -83,7 +92,15 @@ impl Metrics {
             log_syncs: counter!("shard_log_syncs_total", "worker" => worker.clone()),
             log_bytes: counter!("shard_log_bytes_total", "worker" => worker.clone()),
             log_sync_time: histogram!("shard_log_sync_seconds"),
-            log_live: gauge!("shard_log_live_bytes", "worker" => worker),
+            log_live: gauge!("shard_log_live_bytes", "worker" => worker.clone()),
+            alarms: RefCell::default(),
+            alarms_ahead: RefCell::default(),
+            alarm_lateness: histogram!("shard_alarm_lateness_seconds"),
+            alarms_postponed: counter!("shard_alarms_postponed_total"),
+            alarms_found: counter!("shard_alarms_found_total"),
+            alarms_pending: gauge!("shard_alarms_pending", "worker" => worker.clone()),
+            alarms_running: gauge!("shard_alarms_running", "worker" => worker.clone()),
+            alarms_overdue: gauge!("shard_alarms_overdue", "worker" => worker),
             activations: counter!("shard_activations_total"),
             evictions: counter!("shard_evictions_total"),
             resets: counter!("shard_object_resets_total"),
@@ -117,6 +134,37 @@ impl Metrics {
             .absolute(stats.groups.load(Ordering::Relaxed));
         self.log_bytes.absolute(stats.bytes.load(Ordering::Relaxed));
         self.log_live.set(engine.live_bytes() as f64);
+    }
+
+    /// Publishes how many alarms wait, run and should run.
+    pub fn alarms(&self, standing: Standing) {
+        self.alarms_pending.set(standing.pending as f64);
+        self.alarms_running.set(standing.running as f64);
+        self.alarms_overdue.set(standing.overdue as f64);
+    }
+
+    /// A try of an alarm's handler ended.
+    pub fn alarm(&self, class: &ClassName, outcome: &'static str) {
+        let mut known = self.alarms.borrow_mut();
+        let counter = known.entry((class.clone(), outcome)).or_insert_with(|| {
+            let class = class.as_str().to_owned();
+            self.registry
+                .register(|| counter!("shard_alarms_total", "class" => class, "outcome" => outcome))
+        });
+        counter.increment(1);
+    }
+
+    /// A class has set an alarm so far ahead.
+    pub fn alarm_ahead(&self, class: &ClassName, ahead: Duration) {
+        let mut known = self.alarms_ahead.borrow_mut();
+        if !known.contains_key(class) {
+            let label = class.as_str().to_owned();
+            let histogram = self
+                .registry
+                .register(|| histogram!("shard_alarm_ahead_seconds", "class" => label));
+            known.insert(class.clone(), histogram);
+        }
+        known[class].record(ahead.as_secs_f64());
     }
 
     /// Objects of `class` in memory.
@@ -180,6 +228,32 @@ fn describe() {
     );
     describe_counter!("shard_activations_total", "Objects loaded into memory");
     describe_counter!("shard_evictions_total", "Objects that left memory");
+    describe_counter!(
+        "shard_alarms_total",
+        "Tries of alarm handlers, by class and outcome: done, idle (done, and nothing was written), failed (will be retried), dead (the last retry failed)"
+    );
+    describe_histogram!(
+        "shard_alarm_ahead_seconds",
+        "How far ahead classes set alarms"
+    );
+    describe_histogram!(
+        "shard_alarm_lateness_seconds",
+        "From the time an alarm was due to the start of its handler"
+    );
+    describe_counter!(
+        "shard_alarms_postponed_total",
+        "Alarms put off because the platform, not the class, failed; costs no retry"
+    );
+    describe_counter!(
+        "shard_alarms_found_total",
+        "Alarms found in a catalog, due and without a timer; there must be none"
+    );
+    describe_gauge!("shard_alarms_pending", "Alarms that are set");
+    describe_gauge!("shard_alarms_running", "Alarm handlers under way");
+    describe_gauge!(
+        "shard_alarms_overdue",
+        "Alarms due for more than 5 seconds and not running; there must be none for long"
+    );
     describe_counter!(
         "shard_object_resets_total",
         "Objects reset after a panic, a limit or a storage failure"

@@ -89,6 +89,7 @@ impl Node {
             mailbox: config.mailbox.clone(),
             objects: config.objects.clone(),
             sql: Arc::new(config.sql.clone()),
+            alarms: config.alarms.clone(),
         };
         let mut threads = Vec::with_capacity(listeners.len());
         for (number, (listener, disk)) in (0..).zip(listeners.into_iter().zip(disks)) {

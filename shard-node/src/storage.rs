@@ -7,6 +7,7 @@
 //! ([`end_segment`](Storage::end_segment)). How a database is opened and when a commit is durable is
 //! the business of an [`Engine`]: [`Logged`] in a node, [`PlainFiles`] to compare it with.
 
+mod alarm;
 mod authorizer;
 mod config;
 mod engine;
@@ -40,6 +41,9 @@ pub use plain_files::PlainFiles;
 pub use rusqlite::types::Value as SqlValue;
 pub use sql::Rows;
 
+pub(crate) use kv::successor;
+
+use crate::alarms::Timers;
 use crate::commit_log::LogFailure;
 use crate::commit_log::record::Named;
 use authorizer::Guard;
@@ -66,9 +70,12 @@ pub enum StorageError {
     /// A statement took too much memory. The transaction is gone; the object must be reset.
     #[error("a statement took more memory than sql.memory_bytes_max = {0}")]
     OutOfMemory(u64),
-    /// The disk or the object's share of it is full. Nothing of this turn was kept.
+    /// The object's share of the disk is full, or the turn wrote too much. Nothing of it was kept.
     #[error("storage is full: {0}")]
     Full(String),
+    /// The disk is full. Nothing of this turn was kept.
+    #[error("storage is full: {0}")]
+    DiskFull(String),
     /// SQLite gave up the transaction after an error that the class ignored. Nothing of this turn was
     /// kept.
     #[error("an earlier error in this turn rolled back its transaction")]
@@ -83,6 +90,16 @@ pub enum StorageError {
     Kv(#[from] KvError),
 }
 
+impl StorageError {
+    /// Not the doing of the object's class, and nothing it could mend.
+    pub fn is_of_the_platform(&self) -> bool {
+        matches!(
+            self,
+            Self::DiskFull(_) | Self::LogFailed(_) | Self::Broken { .. } | Self::RolledBack
+        )
+    }
+}
+
 /// Who an object is, as its database records it.
 #[derive(Debug, Clone)]
 pub struct Identity {
@@ -95,7 +112,7 @@ pub struct Identity {
 impl StorageError {
     pub(crate) fn log(failure: &LogFailure) -> Self {
         if failure.disk_full {
-            Self::Full(format!(
+            Self::DiskFull(format!(
                 "the disk of the commit log is full: {}",
                 failure.message
             ))
@@ -128,6 +145,10 @@ pub struct Storage {
     confirm: Cell<bool>,
     /// Replies wait until the log is durable up to here.
     gate: Cell<LogPosition>,
+    /// The open transaction may have changed the alarm.
+    alarm_changed: Cell<bool>,
+    /// Told of every commit that changed the alarm.
+    timers: Option<Rc<Timers>>,
 }
 
 /// An open connection.
@@ -171,6 +192,8 @@ impl Storage {
             unconfirmed: Cell::new(false),
             confirm: Cell::new(false),
             gate: Cell::new(LogPosition::ZERO),
+            alarm_changed: Cell::new(false),
+            timers: None,
         }
     }
 
@@ -178,6 +201,13 @@ impl Storage {
     #[must_use]
     pub fn cache_statements(mut self, count: usize) -> Self {
         self.statements_cached = count;
+        self
+    }
+
+    /// Tells these timers of every commit that changes the alarm.
+    #[must_use]
+    pub(crate) fn with_timers(mut self, timers: Rc<Timers>) -> Self {
+        self.timers = Some(timers);
         self
     }
 
@@ -337,6 +367,11 @@ impl Storage {
         Ok(())
     }
 
+    /// Whether the current stretch wrote anything.
+    pub(crate) fn has_written(&self) -> bool {
+        self.segment.get() != Segment::Clean
+    }
+
     /// Whether the tables may be other than those of an empty database.
     fn may_have_tables(&self, open: &Open) -> bool {
         open.handle.is_stored() || self.batch.get() || self.segment.get() != Segment::Clean
@@ -355,14 +390,21 @@ impl Storage {
             return Ok(false);
         }
         self.check_transaction()?;
+        let alarm = self.tell_alarm();
         let open = self.open.borrow();
         let open = open.as_ref().expect("a transaction has a connection");
-        let trusted = self.guard.trusted();
-        let committed = open.handle.commit(&open.connection);
-        drop(trusted);
-        match self.check(committed, 0) {
-            Ok(position) => {
+        let committed = alarm.and_then(|alarm| {
+            let _trusted = self.guard.trusted();
+            let committed = open.handle.commit(&open.connection);
+            self.check(committed, 0).map(|position| (alarm, position))
+        });
+        match committed {
+            Ok((alarm, position)) => {
                 self.batch.set(false);
+                if let Some(alarm) = alarm {
+                    self.alarm_changed.set(false);
+                    self.set_timer(&alarm);
+                }
                 if self.confirm.take()
                     && let Some(position) = position
                 {
@@ -418,6 +460,7 @@ impl Storage {
             self.batch_lost.set(true);
         }
         self.confirm.set(false);
+        self.alarm_changed.set(false);
         // The identity record may have been part of it.
         open.identified.set(false);
         open.has_pairs.set(false);

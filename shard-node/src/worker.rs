@@ -15,12 +15,13 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use ops::Causes;
 use ops::metrics::Registry;
-use protocol::{Ring, ShardId};
+use protocol::{Home, Ring, ShardId};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 use tokio::task::{JoinSet, LocalSet};
 use tracing::{debug, error, info, warn};
 
+use crate::alarms::Runner;
 use crate::classes::Classes;
 use crate::clock::Clock;
 use crate::commit_log::record::FileId;
@@ -102,11 +103,18 @@ impl Worker {
             return;
         }
         let host = Host::new(
-            self.host,
+            self.host.clone(),
             Rc::new(engine.clone()),
-            self.clock,
+            Arc::clone(&self.clock),
             Rc::clone(&metrics),
         );
+        let alarms = Runner::new(
+            Rc::clone(&host),
+            self.classes.clone(),
+            Arc::clone(&self.ring),
+            self.host.alarms.clone(),
+        );
+        let catalogs = self.catalogs();
         let server = Rc::new(Server {
             host: Rc::clone(&host),
             ring: self.ring,
@@ -115,13 +123,30 @@ impl Worker {
             token: self.token,
             metrics: Rc::clone(&metrics),
         });
+        let firing = [
+            tokio::task::spawn_local(or_abort(Rc::clone(&alarms).run())),
+            tokio::task::spawn_local(or_abort(Rc::clone(&alarms).watch(engine.clone(), catalogs))),
+        ];
         let tasks = [
             tokio::task::spawn_local(or_abort(Rc::clone(&host).run())),
             tokio::task::spawn_local(or_abort(Rc::clone(&host).follow_log(progress))),
-            tokio::task::spawn_local(or_abort(tick(Rc::clone(&host), engine.clone(), metrics))),
+            tokio::task::spawn_local(or_abort(tick(
+                Rc::clone(&host),
+                engine.clone(),
+                metrics,
+                self.clock,
+            ))),
         ];
         match tokio::net::TcpListener::from_std(self.listener) {
-            Ok(listener) => accept(listener, server, self.order, self.drain_max).await,
+            Ok(listener) => {
+                accept(listener, server, self.order, self.drain_max, async move {
+                    for task in firing {
+                        task.abort();
+                    }
+                    alarms.drain().await;
+                })
+                .await;
+            }
             Err(error) => warn!(error = %Causes(&error), "the listener cannot be used"),
         }
         for task in tasks {
@@ -162,6 +187,18 @@ impl Worker {
         Logged::open(self.setup(self.number, metrics), Arc::clone(progress))
     }
 
+    /// The catalogs of all shards that this worker may own: of the global ring, and of its colo's.
+    fn catalogs(&self) -> Vec<(Home, ShardId)> {
+        let me = &self.ring.workers()[self.me];
+        let shards = (0..self.ring.shards()).map(ShardId);
+        let all = shards.flat_map(|shard| self.ring.homes().map(move |home| (home, shard)));
+        all.filter(|(home, shard)| {
+            let owner = self.ring.owner(*home, *shard);
+            owner.is_ok_and(|owner| std::ptr::eq(owner, me))
+        })
+        .collect()
+    }
+
     fn setup(&self, worker: u16, metrics: &Metrics) -> Setup {
         Setup {
             disk: Arc::clone(&self.disk),
@@ -196,12 +233,13 @@ pub(crate) fn abort_on_panic(work: impl FnOnce()) {
     }
 }
 
-async fn tick(host: Rc<Host>, engine: Logged, metrics: Rc<Metrics>) {
+async fn tick(host: Rc<Host>, engine: Logged, metrics: Rc<Metrics>, clock: Arc<dyn Clock>) {
     let mut interval = tokio::time::interval(TICK);
     loop {
         interval.tick().await;
         host.tick();
         metrics.log(&engine);
+        metrics.alarms(host.timers().standing(clock.unix_millis()));
     }
 }
 
@@ -211,6 +249,7 @@ async fn accept(
     server: Rc<Server>,
     mut order: watch::Receiver<Order>,
     drain_max: Duration,
+    drain: impl Future<Output = ()>,
 ) {
     let mut connections = JoinSet::new();
     let told = order.clone();
@@ -238,6 +277,7 @@ async fn accept(
     }
     drop(listener);
     let drained = tokio::time::timeout(drain_max, async {
+        drain.await;
         while connections.join_next().await.is_some() {}
     });
     if drained.await.is_err() {

@@ -30,13 +30,21 @@
 //! | 72 | 4 | pages of the database after the commit |
 //! | 76 | 4 | pages that changed |
 //! | 80 | … | if flag 1: class, name (each 2 bytes of length and UTF-8; an empty name is none) |
+//! | … | … | if flag 2: the alarm from here on |
 //! | … | … | the changed pages |
 //!
 //! and a changed page is its number (4 bytes, counted from 1), the CRC32C that its contents have after
 //! the commit (4 bytes), and the number of changed ranges (2 bytes). Each range is its offset in
 //! the page, its length (2 bytes each) and its bytes. No ranges at all: the whole page follows.
+//!
+//! An alarm is one byte, the sum of 1 if one is pending and 2 if there is a dead letter. Pending: when it
+//! was to run and when it runs next (8 bytes each, milliseconds since 1970), and its retries (4 bytes).
+//! Dead letter: when it was to run, when it failed (8 bytes each), and the error (2 bytes of length and
+//! UTF-8).
 
 use protocol::{ClassName, Epoch, Home, LogPosition, ObjectId, ObjectName, ShardId};
+
+use crate::alarm::{AlarmState, DeadLetter, Pending};
 
 /// Version of this format, in the header of every segment.
 pub const VERSION: u32 = 1;
@@ -61,6 +69,12 @@ const KIND_COMMIT: u8 = 2;
 
 /// Flag of a commit: class and name are given.
 const FLAG_IDENTITY: u8 = 1;
+
+/// Flag of a commit: it changed the alarm.
+const FLAG_ALARM: u8 = 2;
+
+const ALARM_PENDING: u8 = 1;
+const ALARM_DEAD: u8 = 2;
 
 /// Equal bytes between two changed ranges that cost less than the head of another range.
 const GAP_BYTES: usize = 8;
@@ -158,11 +172,17 @@ pub(crate) struct CommitWriter<'b> {
 }
 
 impl<'b> CommitWriter<'b> {
-    pub(crate) fn begin(buffer: &'b mut Vec<u8>, head: &CommitHead, named: Option<&Named>) -> Self {
+    pub(crate) fn begin(
+        buffer: &'b mut Vec<u8>,
+        head: &CommitHead,
+        named: Option<&Named>,
+        alarm: Option<&AlarmState>,
+    ) -> Self {
         let begin = buffer.len();
         buffer.extend_from_slice(&[0; 8]);
         buffer.push(KIND_COMMIT);
-        buffer.push(if named.is_some() { FLAG_IDENTITY } else { 0 });
+        let identity = if named.is_some() { FLAG_IDENTITY } else { 0 };
+        buffer.push(identity | if alarm.is_some() { FLAG_ALARM } else { 0 });
         buffer.extend_from_slice(&head.shard.0.to_le_bytes());
         buffer.extend_from_slice(&head.epoch.0.get().to_le_bytes());
         buffer.extend_from_slice(&head.unix_millis.to_le_bytes());
@@ -174,10 +194,11 @@ impl<'b> CommitWriter<'b> {
         if let Some(named) = named {
             let name = named.name.as_ref().map_or("", ObjectName::as_str);
             for text in [named.class.as_str(), name] {
-                let length = u16::try_from(text.len()).expect("names are at most 1024 bytes");
-                buffer.extend_from_slice(&length.to_le_bytes());
-                buffer.extend_from_slice(text.as_bytes());
+                put_text(buffer, text);
             }
+        }
+        if let Some(alarm) = alarm {
+            put_alarm(buffer, alarm);
         }
         Self {
             buffer,
@@ -243,6 +264,32 @@ impl<'b> CommitWriter<'b> {
         record[4..8].copy_from_slice(&bytes.to_le_bytes());
         record[76..80].copy_from_slice(&self.changed.to_le_bytes());
         length
+    }
+}
+
+fn put_text(buffer: &mut Vec<u8>, text: &str) {
+    let length = u16::try_from(text.len()).expect("names and errors are at most 1024 bytes");
+    buffer.extend_from_slice(&length.to_le_bytes());
+    buffer.extend_from_slice(text.as_bytes());
+}
+
+fn put_alarm(buffer: &mut Vec<u8>, alarm: &AlarmState) {
+    let pending = if alarm.pending.is_some() {
+        ALARM_PENDING
+    } else {
+        0
+    };
+    let dead = if alarm.dead.is_some() { ALARM_DEAD } else { 0 };
+    buffer.push(pending | dead);
+    if let Some(pending) = &alarm.pending {
+        buffer.extend_from_slice(&pending.scheduled_ms.to_le_bytes());
+        buffer.extend_from_slice(&pending.next_ms.to_le_bytes());
+        buffer.extend_from_slice(&pending.retries.to_le_bytes());
+    }
+    if let Some(dead) = &alarm.dead {
+        buffer.extend_from_slice(&dead.scheduled_ms.to_le_bytes());
+        buffer.extend_from_slice(&dead.failed_ms.to_le_bytes());
+        put_text(buffer, &dead.error);
     }
 }
 
@@ -315,6 +362,7 @@ pub(crate) enum Record<'a> {
 pub(crate) struct Commit<'a> {
     pub(crate) head: CommitHead,
     pub(crate) named: Option<Named>,
+    pub(crate) alarm: Option<AlarmState>,
     changed: u32,
     pages: &'a [u8],
 }
@@ -395,7 +443,7 @@ pub(crate) fn read(bytes: &[u8], position: LogPosition) -> Result<(Record<'_>, u
 }
 
 fn parse_commit(record: &[u8]) -> Option<Commit<'_>> {
-    if record.len() < COMMIT_BYTES || record[9] & !FLAG_IDENTITY != 0 {
+    if record.len() < COMMIT_BYTES || record[9] & !(FLAG_IDENTITY | FLAG_ALARM) != 0 {
         return None;
     }
     let head = CommitHead {
@@ -421,9 +469,15 @@ fn parse_commit(record: &[u8]) -> Option<Commit<'_>> {
     } else {
         None
     };
+    let alarm = if record[9] & FLAG_ALARM != 0 {
+        Some(take_alarm(&mut rest)?)
+    } else {
+        None
+    };
     let commit = Commit {
         head,
         named,
+        alarm,
         changed: u32_at(record, 76),
         pages: rest,
     };
@@ -437,6 +491,35 @@ fn parse_commit(record: &[u8]) -> Option<Commit<'_>> {
         count += 1;
     }
     (count == commit.changed).then_some(commit)
+}
+
+fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+    let (taken, left) = rest.split_first_chunk()?;
+    *rest = left;
+    Some(*taken)
+}
+
+fn take_alarm(rest: &mut &[u8]) -> Option<AlarmState> {
+    let [what] = take(rest)?;
+    if what & !(ALARM_PENDING | ALARM_DEAD) != 0 {
+        return None;
+    }
+    let mut alarm = AlarmState::default();
+    if what & ALARM_PENDING != 0 {
+        alarm.pending = Some(Pending {
+            scheduled_ms: u64::from_le_bytes(take(rest)?),
+            next_ms: u64::from_le_bytes(take(rest)?),
+            retries: u32::from_le_bytes(take(rest)?),
+        });
+    }
+    if what & ALARM_DEAD != 0 {
+        alarm.dead = Some(DeadLetter {
+            scheduled_ms: u64::from_le_bytes(take(rest)?),
+            failed_ms: u64::from_le_bytes(take(rest)?),
+            error: take_text(rest)?.to_owned(),
+        });
+    }
+    Some(alarm)
 }
 
 fn take_text<'a>(rest: &mut &'a [u8]) -> Option<&'a str> {

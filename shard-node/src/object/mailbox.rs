@@ -1,6 +1,7 @@
 //! The bounded queue before an object.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 use std::time::Duration;
 
 use http::{Request, Response};
@@ -8,18 +9,29 @@ use protocol::{ErrorCode, Problem};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use crate::class::{Args, Body, Json};
+use crate::alarms::Firing;
+use crate::class::{Args, Body, ClassError, Context, Json};
 use crate::config::MailboxConfig;
 
-/// What a request asks of an object.
+/// What may happen to an object.
 #[expect(
     clippy::large_enum_variant,
     reason = "moved twice on its way; a box would be one more allocation per request"
 )]
 pub enum Event {
     Fetch(Request<Body>),
-    Call { method: Box<str>, args: Args },
+    Call {
+        method: Box<str>,
+        args: Args,
+    },
+    /// The object's alarm is due, unless it was changed meanwhile.
+    Alarm(Rc<Firing>),
+    /// A turn of the system around the class: nothing of the class runs.
+    Operate(Operation),
 }
+
+/// What such a turn does, as one transaction.
+pub type Operation = Box<dyn FnOnce(&Context) -> Result<Json, ClassError>>;
 
 /// What an object gives back.
 pub enum Reply {

@@ -6,6 +6,7 @@ use protocol::{LogPosition, ObjectId};
 use rusqlite::Connection;
 
 use super::{Identity, StorageError, authorizer};
+use crate::alarm::AlarmState;
 use crate::commit_log::record::Named;
 
 /// Opens databases and makes their commits durable. One per worker, on its thread.
@@ -79,6 +80,9 @@ pub trait Handle {
 
     /// Whose database it is; if that is `new`, the next commit tells the catalog.
     fn identify(&self, _named: Named, _new: bool) {}
+
+    /// The open transaction changed the alarm to this: the commit that ends it tells the catalog.
+    fn tell_alarm(&self, _alarm: AlarmState) {}
 
     /// The object leaves memory. If it never committed anything, nothing of it may stay.
     fn close(self: Box<Self>, connection: Connection);

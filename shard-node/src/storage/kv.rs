@@ -253,7 +253,7 @@ pub(super) fn check_key(key: &str) -> Result<(), KvError> {
 }
 
 /// The least byte string above every string with this prefix; `None` if there is no such bound.
-fn successor(prefix: &str) -> Option<Vec<u8>> {
+pub(crate) fn successor(prefix: &str) -> Option<Vec<u8>> {
     let mut bytes = prefix.as_bytes().to_vec();
     while let Some(last) = bytes.pop() {
         if last < 0xff {

@@ -24,7 +24,7 @@ use std::task::Waker;
 use std::thread::JoinHandle;
 
 use metrics::Histogram;
-use protocol::{Home, LogPosition, ShardId};
+use protocol::{Home, LogPosition, ObjectId, ShardId};
 use rusqlite::Connection;
 use tokio::sync::Notify;
 use tracing::info;
@@ -33,7 +33,7 @@ use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 use super::overlay::Capture;
 use super::vfs::{self, DatabaseFile};
 use super::{LogConfig, Opened};
-use crate::catalog::{Catalogs, Note, Row};
+use crate::catalog::{Catalogs, Note, Query, Row};
 use crate::checkpoint::{Checkpointer, Flush};
 use crate::clock::Clock;
 use crate::commit_log::record::FileId;
@@ -290,6 +290,44 @@ impl Logged {
     pub(crate) fn notes(&self) -> Vec<(FileId, Note)> {
         let notes = self.0.core.notes.borrow();
         notes.iter().map(|(id, note)| (*id, note.clone())).collect()
+    }
+
+    /// Objects of a shard in the order that the query asks for, as the catalog knows them.
+    pub fn search(&self, home: Home, shard: ShardId, query: &Query) -> rusqlite::Result<Vec<Row>> {
+        let connect = |catalog| self.0.open(catalog, shard);
+        let catalog = FileId::catalog(home, shard);
+        self.0.catalogs.search(catalog, query, &connect)
+    }
+
+    /// One object, as the catalog knows it.
+    pub fn find(&self, id: ObjectId, shard: ShardId) -> rusqlite::Result<Option<Row>> {
+        let connect = |catalog| self.0.open(catalog, shard);
+        let catalog = FileId::catalog(id.home(), shard);
+        self.0.catalogs.find(catalog, id.into(), &connect)
+    }
+
+    /// When the alarms of a shard's objects run next, in any order: what the catalog knows, but for those
+    /// of [`noted_alarms`](Self::noted_alarms).
+    pub fn alarms(&self, home: Home, shard: ShardId) -> rusqlite::Result<Vec<(ObjectId, u64)>> {
+        let connect = |catalog| self.0.open(catalog, shard);
+        let catalog = FileId::catalog(home, shard);
+        let found = self.0.catalogs.alarms(catalog, &connect)?;
+        let notes = self.0.core.notes.borrow();
+        let newer = |id: &FileId| notes.get(id).is_some_and(|note| note.alarm.is_some());
+        let found = found.into_iter().filter(|(id, _)| !newer(id));
+        Ok(found
+            .filter_map(|(id, at)| Some((id.object()?, at)))
+            .collect())
+    }
+
+    /// The alarms of which the catalogs do not know yet.
+    pub fn noted_alarms(&self) -> Vec<(ObjectId, u64)> {
+        let notes = self.0.core.notes.borrow();
+        let set = notes.iter().filter_map(|(id, note)| {
+            let pending = note.alarm.as_ref()?.pending?;
+            Some((id.object()?, pending.next_ms))
+        });
+        set.collect()
     }
 
     /// How many objects a shard has.

@@ -84,7 +84,7 @@ fn check_is_of_the_disk(error: &StorageError) {
     assert!(
         matches!(
             error,
-            StorageError::Broken { .. } | StorageError::Full(_) | StorageError::LogFailed(_)
+            StorageError::Broken { .. } | StorageError::DiskFull(_) | StorageError::LogFailed(_)
         ),
         "{error}"
     );

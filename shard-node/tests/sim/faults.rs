@@ -43,7 +43,7 @@ fn a_failed_sync_is_no_acknowledgement() {
             match kind {
                 io::ErrorKind::StorageFull => {
                     assert!(
-                        matches!(refused, StorageError::Full(_)),
+                        matches!(refused, StorageError::DiskFull(_)),
                         "{context}: {refused}"
                     );
                 }

@@ -17,6 +17,7 @@ use hyper::body::Frame;
 use ops::metrics::Registry;
 use protocol::{ClassName, ErrorCode, Home, ObjectId, ObjectName, Problem, ShardId};
 use serde_json::{Value, json};
+use shard_node::alarms::AlarmsConfig;
 use shard_node::class::{Args, Body, Class, ClassError, Context, Instance, Json, Turn};
 use shard_node::classes::Classes;
 use shard_node::clock::SystemClock;
@@ -50,6 +51,7 @@ fn test(run: impl AsyncFnOnce(Fixture)) {
         let progress = Arc::new(Notify::new());
         let engine = Logged::open_idle(setup(&disk), Arc::clone(&progress)).unwrap();
         let config = HostConfig {
+            alarms: AlarmsConfig::default(),
             mailbox: MailboxConfig::default(),
             objects: ObjectsConfig::default(),
             sql: Arc::default(),

@@ -4,6 +4,7 @@
     reason = "a test fails where something unexpected happens"
 )]
 
+mod alarms;
 mod crashes;
 mod differential;
 mod disk;

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use protocol::{ClassName, Home, LogPosition, ObjectId, ObjectName, ShardId};
 use rusqlite::Connection;
+use shard_node::alarm::AlarmState;
 use shard_node::clock::Clock;
 use shard_node::commit_log::record::FileId;
 use shard_node::storage::logged::{OpenError, PAGE_BYTES, Setup};
@@ -339,7 +340,7 @@ impl Node {
                 "{context}"
             );
             assert!(
-                row.alarm_ms.is_none() && row.created_ms <= row.used_ms,
+                row.alarm == AlarmState::default() && row.created_ms <= row.used_ms,
                 "{context}: {row:?}"
             );
         }

@@ -11,6 +11,7 @@ use protocol::{Epoch, LogPosition, ShardId};
 use tracing::warn;
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
+use crate::alarm::AlarmState;
 use crate::catalog::{Note, USED_WITHIN_MILLIS};
 use crate::checkpoint;
 use crate::clock::Clock;
@@ -62,6 +63,8 @@ pub(super) struct Database {
     pub(super) named: RefCell<Option<Named>>,
     /// The next commit tells class and name.
     pub(super) tell_name: Cell<bool>,
+    /// The next commit tells this of the alarm.
+    pub(super) tell_alarm: RefCell<Option<AlarmState>>,
     /// Bytes that the transaction may write.
     pub(super) room: Cell<u64>,
     /// Size and last use that the catalog knows, or will.
@@ -177,6 +180,7 @@ impl Database {
             lost: Cell::new(false),
             named: RefCell::new(None),
             tell_name: Cell::new(false),
+            tell_alarm: RefCell::new(None),
             room: Cell::new(core.transaction_bytes_max),
             noted: Cell::new((0, 0)),
             core,
@@ -189,16 +193,23 @@ impl Database {
 
     pub(super) fn rolled_back(&self) {
         self.overlay.borrow_mut().rollback();
+        self.tell_alarm.take();
         self.room.set(self.core.transaction_bytes_max);
     }
 
     /// Notes for the catalog what this commit changed of what it knows.
-    pub(super) fn note(&self, begin: LogPosition, now: u64, told_name: bool) {
+    pub(super) fn note(
+        &self,
+        begin: LogPosition,
+        now: u64,
+        told_name: bool,
+        alarm: Option<AlarmState>,
+    ) {
         let overlay = self.overlay.borrow();
         let bytes = u64::from(overlay.committed_pages()) * overlay.page_bytes() as u64;
         let (noted_bytes, noted_used) = self.noted.get();
-        if bytes == noted_bytes && now.saturating_sub(noted_used) < USED_WITHIN_MILLIS && !told_name
-        {
+        let lately = now.saturating_sub(noted_used) < USED_WITHIN_MILLIS;
+        if bytes == noted_bytes && lately && !told_name && alarm.is_none() {
             return;
         }
         self.noted.set((bytes, now));
@@ -210,7 +221,11 @@ impl Database {
             bytes,
             first_ms: now,
             used_ms: now,
+            alarm: None,
         });
+        if alarm.is_some() {
+            note.alarm = alarm;
+        }
         note.bytes = bytes;
         note.used_ms = note.used_ms.max(now);
         note.named.clone_from(&self.named.borrow());
@@ -290,6 +305,7 @@ impl DatabaseFile for Database {
         let now = self.core.clock.unix_millis();
         let named = self.named.borrow();
         let told_name = self.tell_name.take();
+        let alarm = self.tell_alarm.take();
         let head = CommitHead {
             shard: self.shard,
             epoch: Epoch::FIRST,
@@ -301,7 +317,7 @@ impl DatabaseFile for Database {
         };
         let (begin, end) = self.core.log.append(|buffer| {
             let named = named.as_ref().filter(|_| told_name);
-            let mut record = CommitWriter::begin(buffer, &head, named);
+            let mut record = CommitWriter::begin(buffer, &head, named, alarm.as_ref());
             overlay.commit(&mut record);
             record.finish();
         });
@@ -318,7 +334,7 @@ impl DatabaseFile for Database {
             self.core.dirty.borrow_mut().push_back((begin, self.id));
         }
         if !self.id.is_catalog() {
-            self.note(begin, now, told_name);
+            self.note(begin, now, told_name, alarm);
         }
     }
 }

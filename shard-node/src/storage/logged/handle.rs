@@ -9,6 +9,7 @@ use tracing::warn;
 
 use super::database::Database;
 use super::{Inner, Logged};
+use crate::alarm::AlarmState;
 use crate::commit_log::State;
 use crate::commit_log::record::Named;
 use crate::storage::{Engine, Handle, Identity, Opened, StorageError, commit_statement};
@@ -23,7 +24,7 @@ impl Engine for Logged {
         let failure = match inner.core.log.state() {
             State::Failed(failure) | State::Reopening(failure) => failure,
             State::Open if inner.is_stuck() && inner.is_behind(inner.core.log.end()) => {
-                return Err(StorageError::Full(
+                return Err(StorageError::DiskFull(
                     "the log is full, and the files cannot be written".to_owned(),
                 ));
             }
@@ -100,6 +101,10 @@ impl Handle for OpenDatabase {
         if new {
             self.database.tell_name.set(true);
         }
+    }
+
+    fn tell_alarm(&self, alarm: AlarmState) {
+        *self.database.tell_alarm.borrow_mut() = Some(alarm);
     }
 
     fn close(self: Box<Self>, connection: Connection) {

@@ -10,6 +10,7 @@ use tracing::{error, warn};
 
 use super::Inner;
 use super::database::Database;
+use crate::alarm::AlarmState;
 use crate::catalog::Note;
 use crate::commit_log::record::{Commit, FileId, Named};
 use crate::commit_log::replay::{Replayed, replay};
@@ -32,6 +33,7 @@ pub(super) struct Recovered {
     pub(super) first: LogPosition,
     pub(super) last: (LogPosition, LogPosition),
     pub(super) named: Option<Named>,
+    pub(super) alarm: Option<AlarmState>,
     pub(super) first_ms: u64,
     pub(super) last_ms: u64,
 }
@@ -60,6 +62,7 @@ impl Recovery {
                 first: begin,
                 last: (LogPosition::ZERO, LogPosition::ZERO),
                 named: None,
+                alarm: None,
                 first_ms: head.unix_millis,
                 last_ms: 0,
             });
@@ -80,6 +83,9 @@ impl Recovery {
         found.last_ms = found.last_ms.max(head.unix_millis);
         if let Some(named) = &commit.named {
             found.named = Some(named.clone());
+        }
+        if let Some(alarm) = &commit.alarm {
+            found.alarm = Some(alarm.clone());
         }
         Ok(())
     }
@@ -109,6 +115,7 @@ impl Inner {
                     bytes,
                     first_ms: found.first_ms,
                     used_ms: found.last_ms,
+                    alarm: found.alarm,
                 };
                 self.core.notes.borrow_mut().insert(id, note);
             }
