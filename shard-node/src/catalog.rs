@@ -62,6 +62,8 @@ pub(crate) struct Note {
     pub(crate) used_ms: u64,
     /// The alarm, if any of them changed it.
     pub(crate) alarm: Option<AlarmState>,
+    /// One of them deleted the object; it exists again if it has bytes.
+    pub(crate) deleted: bool,
 }
 
 impl Note {
@@ -71,7 +73,10 @@ impl Note {
         self.first_ms = self.first_ms.min(older.first_ms);
         self.used_ms = self.used_ms.max(older.used_ms);
         self.named = self.named.take().or(older.named);
-        self.alarm = self.alarm.take().or(older.alarm);
+        if !self.deleted {
+            self.alarm = self.alarm.take().or(older.alarm);
+        }
+        self.deleted |= older.deleted;
     }
 }
 
@@ -497,6 +502,14 @@ fn version(connection: &Connection) -> rusqlite::Result<i64> {
 }
 
 fn write(connection: &Connection, file: FileId, note: &Note) -> rusqlite::Result<()> {
+    if note.deleted {
+        connection
+            .prepare_cached("DELETE FROM objects WHERE id = ?1")?
+            .execute([file.as_bytes()])?;
+        if note.bytes == 0 {
+            return Ok(());
+        }
+    }
     let name = note.named.as_ref().and_then(|named| named.name.as_ref());
     let name = name.map_or("", |name| name.as_str());
     let (bytes, used) = (signed(note.bytes), signed(note.used_ms));

@@ -195,7 +195,7 @@ impl Checkpointer {
 /// again, by a later batch.
 fn write(disk: &dyn Disk, batch: &[Flush], names: &mut Names) -> io::Result<()> {
     let one_by_one = batch.len() <= SYNC_EACH_MAX && names.old;
-    let mut new_names = Vec::new();
+    let mut changed_names = Vec::new();
     let mut files = Vec::new();
     for flush in batch {
         let directory = parent(&flush.path);
@@ -203,12 +203,21 @@ fn write(disk: &dyn Disk, batch: &[Flush], names: &mut Names) -> io::Result<()> 
             create_dirs(disk, directory, DEPTH)?;
             names.directories.insert(directory.to_owned());
         }
-        let file = disk.open(&flush.path, Access::Write)?;
         let capture = &flush.capture;
+        if capture.pages == 0 {
+            match disk.remove_file(&flush.path) {
+                // An earlier try got that far, or it never was.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => removed?,
+            }
+            changed_names.push(directory);
+            continue;
+        }
+        let file = disk.open(&flush.path, Access::Write)?;
         let bytes = u64::from(capture.pages) * capture.page_bytes as u64;
         let before = file.status()?.bytes;
         if before == 0 {
-            new_names.push(directory);
+            changed_names.push(directory);
         }
         if before > bytes {
             file.set_len(bytes)?;
@@ -232,7 +241,7 @@ fn write(disk: &dyn Disk, batch: &[Flush], names: &mut Names) -> io::Result<()> 
     for file in files {
         file.sync()?;
     }
-    for directory in new_names {
+    for directory in changed_names {
         disk.sync_dir(directory)?;
     }
     Ok(())

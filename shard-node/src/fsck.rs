@@ -108,7 +108,11 @@ pub fn check(
     }
     for engine in &engines {
         for (file, note) in engine.notes() {
-            listed.insert(file, (note.shard, note.bytes));
+            if note.bytes == 0 {
+                listed.remove(&file);
+            } else {
+                listed.insert(file, (note.shard, note.bytes));
+            }
         }
     }
     summary.listed = listed.len() as u64;

@@ -13,6 +13,8 @@ mod config;
 mod engine;
 mod functions;
 pub(crate) mod heap;
+mod identity;
+pub mod image;
 mod kv;
 pub mod logged;
 pub(crate) mod overlay;
@@ -27,13 +29,14 @@ use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
 
-use protocol::{ClassName, LogPosition, ObjectId, ObjectName, ShardId};
+use protocol::{LogPosition, ObjectId, ObjectName, ShardId};
 use rusqlite::limits::Limit;
 use rusqlite::{Connection, Statement};
 use tracing::debug;
 
 pub use config::{LogConfig, SqlConfig};
 pub use engine::{Engine, Handle, Opened, commit_statement};
+pub use identity::Identity;
 pub use kv::{BATCH_KEYS_MAX, Entry, KEY_BYTES_MAX, KvError, ListOptions};
 pub use logged::Logged;
 pub use plain_files::PlainFiles;
@@ -48,6 +51,7 @@ use crate::commit_log::LogFailure;
 use crate::commit_log::record::Named;
 use authorizer::Guard;
 use engine::prepare_ours;
+use identity::put_identity;
 
 /// Tables of ours in every object's database begin with this; SQL of classes cannot touch them.
 pub const RESERVED_PREFIX: &str = "_dormouse_";
@@ -98,15 +102,6 @@ impl StorageError {
             Self::DiskFull(_) | Self::LogFailed(_) | Self::Broken { .. } | Self::RolledBack
         )
     }
-}
-
-/// Who an object is, as its database records it.
-#[derive(Debug, Clone)]
-pub struct Identity {
-    pub id: ObjectId,
-    pub class: ClassName,
-    pub name: Option<ObjectName>,
-    pub shard: ShardId,
 }
 
 impl StorageError {
@@ -605,27 +600,12 @@ impl Storage {
         Ok(())
     }
 
-    /// Who this is, for tools that find the file: class, id and name.
     fn write_identity(&self, connection: &Connection) -> Result<(), StorageError> {
-        let written = connection
-            .execute_batch(
-                "CREATE TABLE IF NOT EXISTS _dormouse_meta \
-                 (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-            )
-            .and_then(|()| {
-                let mut put = prepare_ours(
-                    connection,
-                    "INSERT INTO _dormouse_meta (key, value) VALUES (?1, ?2) \
-                     ON CONFLICT DO UPDATE SET value = excluded.value",
-                )?;
-                put.execute(["class", self.identity.class.as_str()])?;
-                put.execute(["id", &self.identity.id.to_string()])?;
-                if let Some(name) = self.name.get() {
-                    put.execute(["name", name.as_str()])?;
-                }
-                Ok(())
-            });
-        self.check(written, 0)
+        let identity = Identity {
+            name: self.name.get().cloned(),
+            ..self.identity.clone()
+        };
+        self.check(put_identity(connection, &identity), 0)
     }
 
     /// Reads what the database says of its object; `true` if it says all that we know.

@@ -1,6 +1,6 @@
 //! The alarm of one object, as a row of its database.
 
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, params};
 
 use super::engine::prepare_ours;
 use super::{Storage, StorageError};
@@ -8,7 +8,7 @@ use crate::alarm::{AlarmState, DeadLetter, Pending};
 
 /// One row at the most. `number` counts changes, so that the end of a handler can tell whether the alarm
 /// it ran for was replaced meanwhile.
-const TABLE: &str = "CREATE TABLE IF NOT EXISTS _dormouse_alarm (
+pub(super) const TABLE: &str = "CREATE TABLE IF NOT EXISTS _dormouse_alarm (
     only_one INTEGER PRIMARY KEY CHECK (only_one = 1),
     number INTEGER NOT NULL,
     scheduled_ms INTEGER,
@@ -32,25 +32,8 @@ impl Storage {
         if !self.may_have_tables(&open) {
             return Ok(NumberedAlarm::default());
         }
-        let exists = prepare_ours(
-            &open.connection,
-            "SELECT 1 FROM sqlite_schema WHERE name = '_dormouse_alarm'",
-        )
-        .and_then(|mut select| select.exists([]));
-        if !self.check(exists, 0)? {
-            return Ok(NumberedAlarm::default());
-        }
         drop(open);
-        let found = self.reading(|connection| {
-            prepare_ours(
-                connection,
-                "SELECT number, scheduled_ms, next_ms, retries, dead_scheduled_ms, dead_ms, \
-                 dead_error FROM _dormouse_alarm",
-            )?
-            .query_row([], row)
-            .optional()
-        })?;
-        Ok(found.unwrap_or_default())
+        self.reading(stored_alarm)
     }
 
     /// Changes the alarm, in the transaction of this turn. The commit tells whoever must know.
@@ -101,6 +84,26 @@ impl Storage {
             );
         }
     }
+}
+
+/// The alarm that a database has; it may have no table for one.
+pub(super) fn stored_alarm(connection: &Connection) -> rusqlite::Result<NumberedAlarm> {
+    let exists = prepare_ours(
+        connection,
+        "SELECT 1 FROM sqlite_schema WHERE name = '_dormouse_alarm'",
+    )?
+    .exists([])?;
+    if !exists {
+        return Ok(NumberedAlarm::default());
+    }
+    let found = prepare_ours(
+        connection,
+        "SELECT number, scheduled_ms, next_ms, retries, dead_scheduled_ms, dead_ms, dead_error \
+         FROM _dormouse_alarm",
+    )?
+    .query_row([], row)
+    .optional()?;
+    Ok(found.unwrap_or_default())
 }
 
 fn row(row: &rusqlite::Row<'_>) -> rusqlite::Result<NumberedAlarm> {

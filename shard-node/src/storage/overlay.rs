@@ -103,6 +103,12 @@ impl Overlay {
         self.written.contains_key(&number)
     }
 
+    /// Pages of the file that are still meant.
+    pub(crate) fn file_pages(&self) -> u32 {
+        self.file_pages
+    }
+
+    /// Where a page is to be read by the open transaction.
     pub(crate) fn place(&self, number: u32) -> Place<'_> {
         if let Some(bytes) = self.written.get(&number) {
             return Place::Here(bytes);
@@ -110,6 +116,11 @@ impl Overlay {
         if number > self.pages() {
             return Place::Nowhere;
         }
+        self.committed_place(number)
+    }
+
+    /// The same of the last commit, for a page that it has.
+    pub(crate) fn committed_place(&self, number: u32) -> Place<'_> {
         match self.committed.get(&number) {
             Some(page) => Place::Here(&page.bytes),
             None if number <= self.file_pages => Place::File,
@@ -119,7 +130,10 @@ impl Overlay {
 
     /// SQLite writes a page: for the commit that follows, because its cache is full, or to undo that.
     pub(crate) fn write(&mut self, number: u32, bytes: &[u8]) {
-        self.page_bytes = bytes.len();
+        if self.page_bytes != bytes.len() {
+            self.spare.clear();
+            self.page_bytes = bytes.len();
+        }
         let pages = self.pages().max(number);
         self.resized = Some(pages);
         if let Some(buffer) = self.written.get_mut(&number).and_then(Arc::get_mut) {
@@ -133,6 +147,25 @@ impl Overlay {
         });
         self.written
             .insert(number, buffer.unwrap_or_else(|| Arc::from(bytes)));
+    }
+
+    /// Another database takes the place of this one, with the next commit. Its pages may have another size.
+    pub(crate) fn replace<'p>(&mut self, page_bytes: usize, pages: impl Iterator<Item = &'p [u8]>) {
+        self.rollback();
+        self.forget_committed();
+        self.page_bytes = page_bytes;
+        for (number, page) in (1..).zip(pages) {
+            self.written.insert(number, Arc::from(page));
+            self.resized = Some(number);
+        }
+    }
+
+    /// No page of the last commit counts any more, in memory or in the file: all come anew.
+    fn forget_committed(&mut self) {
+        self.committed.clear();
+        self.spare.clear();
+        self.file_pages = 0;
+        self.least_since_capture = 0;
     }
 
     pub(crate) fn truncate(&mut self, pages: u32) {
@@ -197,7 +230,11 @@ impl Overlay {
     /// whole, so a flush that was complete when the earlier part of the log went has put the page with
     /// these changes into the file.
     pub(crate) fn replay(&mut self, commit: &Commit<'_>) -> Result<(), Mismatch> {
-        self.page_bytes = commit.head.page_bytes as usize;
+        let page_bytes = commit.head.page_bytes as usize;
+        if self.page_bytes != page_bytes && self.page_bytes != 0 {
+            self.forget_committed();
+        }
+        self.page_bytes = page_bytes;
         self.resize(commit.head.pages);
         for change in commit.pages() {
             match change.change {

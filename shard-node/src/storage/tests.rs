@@ -3,6 +3,8 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use protocol::Home;
 
+use protocol::ClassName;
+
 use super::*;
 use crate::clock::SystemClock;
 use crate::disk::RealDisk;

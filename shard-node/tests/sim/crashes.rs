@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng};
 use shard_node::storage::StorageError;
 
 use crate::disk::{Crash, Fault, SimDisk};
-use crate::node::{Model, Node, OBJECTS, ROOT, database_files};
+use crate::node::{Model, Node, OBJECTS, ROOT, database_files, snapshot_dump};
 
 const CREATE: &str = "CREATE TABLE IF NOT EXISTS t (id INTEGER PRIMARY KEY, v BLOB)";
 
@@ -63,6 +63,19 @@ fn script(node: &mut Node) {
         &|node| node.settle(),
         &|node| run(node, 0, &[&insert(9, 9)]),
         &|node| node.settle(),
+        &|node| delete(node, 0),
+        &|node| node.settle(),
+        &|node| node.tick(1),
+        &|node| node.settle(),
+        &|node| replace(node, 1, 4096),
+        &|node| delete(node, 3),
+        &|node| run(node, 3, &[create, &insert(5, 5)]),
+        &|node| node.settle(),
+        &|node| node.tick(10),
+        &|node| node.settle(),
+        &|node| replace(node, 0, 1024),
+        &|node| run(node, 1, &[&insert(9, 5000)]),
+        &|node| node.settle(),
     ];
     for step in steps {
         step(node);
@@ -75,6 +88,21 @@ fn script(node: &mut Node) {
 /// A turn. If the disk does not work it may fail, and then the run is over.
 fn run(node: &mut Node, object: usize, turns: &[&str]) {
     if let Err(error) = node.commit(object, turns) {
+        check_is_of_the_disk(&error);
+        node.failed = true;
+    }
+}
+
+fn delete(node: &mut Node, object: usize) {
+    if let Err(error) = node.delete(object) {
+        check_is_of_the_disk(&error);
+        node.failed = true;
+    }
+}
+
+fn replace(node: &mut Node, object: usize, page_bytes: u32) {
+    let rows = vec![(1, vec![7; 3000]), (2, vec![8; 10]), (3, vec![9; 1500])];
+    if let Err(error) = node.replace(object, &rows, page_bytes) {
         check_is_of_the_disk(&error);
         node.failed = true;
     }
@@ -243,7 +271,7 @@ fn random_run(seed: u64) {
 
 pub(crate) fn random_step(node: &mut Node, random: &mut SmallRng) {
     let object = random.random_range(0..OBJECTS);
-    match random.random_range(0..12) {
+    match random.random_range(0..14) {
         0..5 => {
             let mut turns = Vec::new();
             for _ in 0..random.random_range(1..4) {
@@ -257,6 +285,24 @@ pub(crate) fn random_step(node: &mut Node, random: &mut SmallRng) {
         8 => node.sleep(object),
         9 => node.tick(1),
         10 => node.tick(10),
+        11 => match random.random_range(0..2) {
+            0 => delete(node, object),
+            _ => replace(node, object, 512 << random.random_range(0..5)),
+        },
+        12 => {
+            // Read later, after whatever happens next.
+            let Ok(dump) = node.read(object) else { return };
+            let snapshot = node.snapshot(object);
+            for _ in 0..random.random_range(0..4) {
+                if node.failed {
+                    return;
+                }
+                random_step(node, random);
+            }
+            if let Some(found) = snapshot.as_ref().and_then(snapshot_dump) {
+                assert_eq!(found, dump, "a snapshot changed");
+            }
+        }
         _ => {
             if let Err(error) = node.read(object) {
                 check_is_of_the_disk(&error);

@@ -11,7 +11,8 @@ use rusqlite::Connection;
 use shard_node::alarm::AlarmState;
 use shard_node::clock::Clock;
 use shard_node::commit_log::record::FileId;
-use shard_node::storage::logged::{OpenError, PAGE_BYTES, Setup};
+use shard_node::storage::image::{Image, KeepAlarm};
+use shard_node::storage::logged::{OpenError, PAGE_BYTES, Setup, Snapshot};
 use shard_node::storage::{Engine, Identity, LogConfig, Logged, SqlConfig, Storage, StorageError};
 
 use crate::disk::{Crash, SimDisk};
@@ -148,6 +149,50 @@ impl Node {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// The object is deleted, with all it had.
+    pub(crate) fn delete(&mut self, object: usize) -> Result<(), StorageError> {
+        self.sleep(object);
+        let identity = identity(object);
+        let existed = self.snapshot(object).is_some();
+        let end = self.engine.delete(identity.id, identity.shard)?;
+        if existed {
+            self.model.commits.push((object, Dump::new(), end));
+        }
+        Ok(())
+    }
+
+    /// Another database takes the place of the object's: these rows, in pages of this size.
+    pub(crate) fn replace(
+        &mut self,
+        object: usize,
+        rows: &Dump,
+        page_bytes: u32,
+    ) -> Result<(), StorageError> {
+        self.sleep(object);
+        let identity = identity(object);
+        let mut stock = Connection::open_in_memory().unwrap();
+        stock.pragma_update(None, "page_size", page_bytes).unwrap();
+        stock
+            .execute_batch("CREATE TABLE t (id INTEGER PRIMARY KEY, v BLOB)")
+            .unwrap();
+        for (id, value) in rows {
+            stock
+                .execute("INSERT INTO t VALUES (?1, ?2)", (id, value))
+                .unwrap();
+        }
+        let bytes = stock.serialize("main").unwrap().to_vec();
+        let (image, alarm) = Image::import(bytes, &identity, KeepAlarm::Yes).unwrap();
+        let end = self.engine.replace(&identity, &image, alarm)?;
+        self.model.commits.push((object, rows.clone(), end));
+        Ok(())
+    }
+
+    /// The object as it is now, to be read later.
+    pub(crate) fn snapshot(&mut self, object: usize) -> Option<Snapshot> {
+        let identity = identity(object);
+        self.engine.snapshot(identity.id, identity.shard).ok()?
     }
 
     /// The writer and the checkpointer do all they have to, and the engine hears of it.
@@ -395,6 +440,26 @@ pub(crate) fn database_files(disk: &SimDisk) -> Vec<FileId> {
         name.parse::<ObjectId>().ok().map(FileId::from)
     });
     names.collect()
+}
+
+/// What a snapshot has, as stock SQLite reads it; `None` if it cannot be read any more.
+pub(crate) fn snapshot_dump(snapshot: &Snapshot) -> Option<Dump> {
+    let mut bytes = Vec::new();
+    let mut page = vec![0; snapshot.page_bytes()];
+    for number in 1..=snapshot.pages() {
+        snapshot.read(number, &mut page).ok()?;
+        bytes.extend_from_slice(&page);
+    }
+    let mut stock = Connection::open_in_memory().unwrap();
+    let length = bytes.len();
+    stock
+        .deserialize_read_exact("main", bytes.as_slice(), length, true)
+        .unwrap();
+    let ok: String = stock
+        .query_row("PRAGMA integrity_check", [], |row| row.get(0))
+        .unwrap();
+    assert_eq!(ok, "ok");
+    Some(stock_dump(&stock))
 }
 
 fn dump_of(storage: &Storage) -> Result<Dump, StorageError> {

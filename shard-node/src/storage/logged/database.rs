@@ -58,6 +58,8 @@ pub(super) struct Database {
     pub(super) asleep: Cell<bool>,
     /// A connection has it.
     pub(super) open: Cell<bool>,
+    /// So many snapshots need its file as it is.
+    pub(super) snapshots: Cell<u32>,
     /// Its last commits were lost with the log: nothing may be read from here any more.
     pub(super) lost: Cell<bool>,
     pub(super) named: RefCell<Option<Named>>,
@@ -177,6 +179,7 @@ impl Database {
             capturing: Cell::new(false),
             asleep: Cell::new(false),
             open: Cell::new(false),
+            snapshots: Cell::new(0),
             lost: Cell::new(false),
             named: RefCell::new(None),
             tell_name: Cell::new(false),
@@ -208,6 +211,7 @@ impl Database {
         let overlay = self.overlay.borrow();
         let bytes = u64::from(overlay.committed_pages()) * overlay.page_bytes() as u64;
         let (noted_bytes, noted_used) = self.noted.get();
+        let deleted = bytes == 0;
         let lately = now.saturating_sub(noted_used) < USED_WITHIN_MILLIS;
         if bytes == noted_bytes && lately && !told_name && alarm.is_none() {
             return;
@@ -222,7 +226,15 @@ impl Database {
             first_ms: now,
             used_ms: now,
             alarm: None,
+            deleted,
         });
+        if note.bytes == 0 {
+            note.first_ms = now;
+        }
+        if deleted {
+            note.deleted = true;
+            note.alarm = None;
+        }
         if alarm.is_some() {
             note.alarm = alarm;
         }
@@ -268,7 +280,9 @@ impl DatabaseFile for Database {
     fn write(&self, page: &[u8], at: u64) -> Result<(), Failed> {
         let mut overlay = self.overlay.borrow_mut();
         let known = overlay.page_bytes();
-        let whole = (known == 0 || known == page.len()) && at.is_multiple_of(page.len() as u64);
+        // One that was deleted may begin again with other pages.
+        let whole =
+            (known == page.len() || overlay.pages() == 0) && at.is_multiple_of(page.len() as u64);
         if !whole || self.lost.get() {
             return Err(Failed::Io);
         }
@@ -298,6 +312,13 @@ impl DatabaseFile for Database {
     }
 
     fn commit(&self) {
+        self.commit_now();
+    }
+}
+
+impl Database {
+    /// What was written becomes one record of the log.
+    pub(super) fn commit_now(&self) {
         let mut overlay = self.overlay.borrow_mut();
         if !overlay.is_written() {
             return;

@@ -34,6 +34,8 @@ pub(super) struct Recovered {
     pub(super) last: (LogPosition, LogPosition),
     pub(super) named: Option<Named>,
     pub(super) alarm: Option<AlarmState>,
+    /// A commit deleted it; later ones may have made it again.
+    pub(super) deleted: bool,
     pub(super) first_ms: u64,
     pub(super) last_ms: u64,
 }
@@ -63,9 +65,18 @@ impl Recovery {
                 last: (LogPosition::ZERO, LogPosition::ZERO),
                 named: None,
                 alarm: None,
+                deleted: false,
                 first_ms: head.unix_millis,
                 last_ms: 0,
             });
+        if found.overlay.committed_pages() == 0 {
+            found.first_ms = head.unix_millis;
+        }
+        if head.pages == 0 {
+            found.deleted = true;
+            found.named = None;
+            found.alarm = None;
+        }
         let (before, _) = found.last;
         if head.previous != before && head.previous >= found.first {
             return Err(format!(
@@ -116,6 +127,7 @@ impl Inner {
                     first_ms: found.first_ms,
                     used_ms: found.last_ms,
                     alarm: found.alarm,
+                    deleted: found.deleted,
                 };
                 self.core.notes.borrow_mut().insert(id, note);
             }
@@ -185,12 +197,11 @@ impl Inner {
         }
         self.adopt(recovery);
         for (end, id, note) in self.written_notes.take() {
-            if end > durable {
+            // Of those whose commits are lost, too, the log has just told all that is true.
+            if end > durable && !lost.contains(&id) {
                 let mut notes = core.notes.borrow_mut();
                 match notes.get_mut(&id) {
                     Some(newer) => newer.merge(note),
-                    // It was noted of a commit that is lost, too, and never existed.
-                    None if lost.contains(&id) => {}
                     None => drop(notes.insert(id, note)),
                 }
             }

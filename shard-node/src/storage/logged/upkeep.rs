@@ -139,7 +139,9 @@ impl Inner {
             return;
         };
         database.asleep.set(false);
-        if database.first_unflushed.get().is_none() || database.capturing.replace(true) {
+        // When its snapshots are gone it comes back here.
+        let needed = database.snapshots.get() > 0 && !self.closing.get();
+        if needed || database.first_unflushed.get().is_none() || database.capturing.replace(true) {
             return;
         }
         let capture = Arc::new(database.overlay.borrow_mut().capture());
@@ -188,6 +190,10 @@ impl Inner {
             database.capturing.set(false);
             if done.is_ok() {
                 database.overlay.borrow_mut().flushed(&capture);
+                if capture.pages == 0 {
+                    // The file is gone; one of the same name would be another.
+                    self.core.descriptors.borrow_mut().forget(database.id);
+                }
                 database.first_unflushed.set(database.since_capture.take());
             } else {
                 // What was committed since is covered by the older position.
@@ -199,9 +205,7 @@ impl Inner {
                         .map(|first| (first, database.id)),
                 );
             }
-            if !database.open.get() {
-                self.closed(&database);
-            }
+            self.release(&database);
         }
         let mut dirty = self.core.dirty.borrow_mut();
         if !again.is_empty() {
@@ -274,6 +278,7 @@ impl Inner {
 
     /// Writes everything to the catalogs and the files.
     pub(super) fn settle(self: &Rc<Self>) -> Result<(), CloseError> {
+        self.closing.set(true);
         self.flush_log()?;
         self.wait_for_checkpointer()?;
         while !self.core.notes.borrow().is_empty() {

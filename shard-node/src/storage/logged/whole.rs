@@ -1,0 +1,165 @@
+//! Whole databases: copied while they go on, replaced by others, deleted.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+
+use protocol::{LogPosition, ObjectId, ShardId};
+
+use super::database::Database;
+use super::{Inner, Logged};
+use crate::alarm::AlarmState;
+use crate::commit_log::record::Named;
+use crate::storage::image::Image;
+use crate::storage::overlay::Place;
+use crate::storage::{Engine, Identity, StorageError};
+
+/// The pages of a database as of one commit. As long as this lives, the database goes on, but nothing of
+/// it is written to its file, where the pages may be that this needs.
+pub struct Snapshot {
+    engine: Weak<Inner>,
+    database: Rc<Database>,
+    page_bytes: usize,
+    pages: u32,
+    /// Pages that the file lacks.
+    changed: BTreeMap<u32, Arc<[u8]>>,
+    file_pages: u32,
+    position: LogPosition,
+}
+
+impl Snapshot {
+    pub fn page_bytes(&self) -> usize {
+        self.page_bytes
+    }
+
+    pub fn pages(&self) -> u32 {
+        self.pages
+    }
+
+    pub fn bytes(&self) -> u64 {
+        u64::from(self.pages) * self.page_bytes as u64
+    }
+
+    /// It may be shown to others once the log is durable up to here.
+    pub fn position(&self) -> LogPosition {
+        self.position
+    }
+
+    /// Reads a page, counted from 1, into a buffer of [`page_bytes`](Self::page_bytes).
+    ///
+    /// # Errors
+    /// The file cannot be read, the log has lost the commit, or the engine closes.
+    pub fn read(&self, number: u32, page: &mut [u8]) -> io::Result<()> {
+        let engine = self.engine.upgrade().filter(|engine| !engine.closing.get());
+        if engine.is_none() || self.database.lost.get() {
+            return Err(io::Error::other("the database is no longer as it was"));
+        }
+        if let Some(changed) = self.changed.get(&number) {
+            page.copy_from_slice(changed);
+            return Ok(());
+        }
+        page.fill(0);
+        if number <= self.file_pages {
+            let at = u64::from(number - 1) * self.page_bytes as u64;
+            let Database {
+                id, shard, core, ..
+            } = &*self.database;
+            core.read_file(*id, *shard, page, at)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Snapshot {
+    fn drop(&mut self) {
+        let snapshots = &self.database.snapshots;
+        snapshots.set(snapshots.get() - 1);
+        if let Some(engine) = self.engine.upgrade() {
+            engine.release(&self.database);
+        }
+    }
+}
+
+impl Logged {
+    /// The database of an object as of its last commit; `None` if it has none.
+    pub fn snapshot(&self, id: ObjectId, shard: ShardId) -> rusqlite::Result<Option<Snapshot>> {
+        let database = self.0.open_database(id.into(), shard)?;
+        let overlay = database.overlay.borrow();
+        let pages = overlay.committed_pages();
+        let changed = (1..=pages).filter_map(|number| match overlay.committed_place(number) {
+            Place::Here(page) => Some((number, page)),
+            Place::File | Place::Nowhere => None,
+        });
+        let changed = changed
+            .map(|(number, page)| (number, Arc::from(page)))
+            .collect();
+        database.snapshots.set(database.snapshots.get() + 1);
+        let snapshot = Snapshot {
+            engine: Rc::downgrade(&self.0),
+            page_bytes: overlay.page_bytes(),
+            pages,
+            changed,
+            file_pages: overlay.file_pages(),
+            position: database.last.get().1,
+            database: Rc::clone(&database),
+        };
+        drop(overlay);
+        Ok((pages > 0).then_some(snapshot))
+    }
+
+    /// Puts another database in the place of an object's, in one commit; where that ends. The object must
+    /// not be open.
+    pub fn replace(
+        &self,
+        object: &Identity,
+        image: &Image,
+        alarm: AlarmState,
+    ) -> Result<LogPosition, StorageError> {
+        self.change(object.id, object.shard, |database| {
+            let mut overlay = database.overlay.borrow_mut();
+            overlay.replace(image.page_bytes(), image.pages());
+            drop(overlay);
+            *database.named.borrow_mut() = Some(Named {
+                class: object.class.clone(),
+                name: object.name.clone(),
+            });
+            database.tell_name.set(true);
+            *database.tell_alarm.borrow_mut() = Some(alarm);
+        })
+    }
+
+    /// Removes all data of an object, its alarm included, in one commit; where that ends. The object must
+    /// not be open.
+    pub fn delete(&self, id: ObjectId, shard: ShardId) -> Result<LogPosition, StorageError> {
+        self.change(id, shard, |database| {
+            let mut overlay = database.overlay.borrow_mut();
+            if overlay.committed_pages() > 0 {
+                overlay.truncate(0);
+            }
+        })
+    }
+
+    fn change(
+        &self,
+        id: ObjectId,
+        shard: ShardId,
+        change: impl FnOnce(&Database),
+    ) -> Result<LogPosition, StorageError> {
+        self.check_writable()?;
+        let broken = |message: String| StorageError::Broken {
+            object: id,
+            message,
+        };
+        let database = self.0.open_database(id.into(), shard);
+        let database = database.map_err(|error| broken(error.to_string()))?;
+        if database.open.get() {
+            return Err(broken("it is open".to_owned()));
+        }
+        change(&database);
+        database.commit_now();
+        let end = database.last.get().1;
+        self.0.release(&database);
+        Ok(end)
+    }
+}
