@@ -11,6 +11,7 @@ use gateway::server::{Gateway, GatewayAdmin, RingFrom};
 use ops::admin::{self, Admin, Page};
 use ops::args::LogArgs;
 use ops::config::ConfigError;
+use ops::operator::Front;
 use ops::process::{self, Order, Signals};
 use rand::Rng;
 use shard_node::classes::Classes;
@@ -114,6 +115,10 @@ impl Admin for DevAdmin {
 
     fn page(&self, method: &admin::Method, path: &str) -> Option<Page> {
         self.gateway.page(method, path)
+    }
+
+    fn front(&self) -> Option<Front> {
+        self.gateway.front()
     }
 }
 

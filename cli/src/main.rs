@@ -1,7 +1,11 @@
 //! `dormouse`: the one binary people type. Parsing and printing only; the work is in the libraries.
 
+mod admin;
+mod alarms;
 mod dev;
 mod fsck;
+mod objects;
+mod show;
 
 use std::process::ExitCode;
 
@@ -25,6 +29,14 @@ enum Command {
     Gateway(gateway::config::Args),
     /// Hosts single-threaded SQLite-backed objects behind gateways
     Node(shard_node::config::Args),
+    /// Lists, shows, exports, imports, forks and deletes objects
+    #[command(subcommand)]
+    Objects(objects::Command),
+    /// Lists, fires and cancels alarms, and what became of those that failed
+    #[command(subcommand)]
+    Alarms(alarms::Command),
+    /// Runs SQL in the database of an object
+    Sql(objects::SqlArgs),
     /// Checks a data directory that no node uses, without changing it
     Fsck(fsck::Args),
     /// Open-loop load with verified answers
@@ -38,6 +50,9 @@ fn main() -> ExitCode {
         Some(Command::Dev(args)) => dev::main(&args),
         Some(Command::Gateway(args)) => gateway::server::main(&args),
         Some(Command::Node(args)) => shard_node::node::main(&args),
+        Some(Command::Objects(command)) => objects::main(&command),
+        Some(Command::Alarms(command)) => alarms::main(&command),
+        Some(Command::Sql(args)) => objects::main_sql(&args),
         Some(Command::Fsck(args)) => fsck::main(&args),
         Some(Command::Loadtest(command)) => loadtest::main(&command),
     }

@@ -8,13 +8,12 @@ use std::time::Duration;
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, FutureExt, select_ok};
-use http::{Request, StatusCode, header};
+use http::{HeaderValue, Request, StatusCode};
 use http_body_util::{BodyExt, Empty, Limited};
-use hyper_util::rt::TokioIo;
 use ops::Causes;
+use ops::exchange::ExchangeError;
 use protocol::ring::RingDocument;
 use protocol::{ObjectId, Ring, RingVersion, headers};
-use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 use tracing::{debug, info, warn};
 
@@ -26,7 +25,7 @@ const FETCH_MAX: Duration = Duration::from_secs(2);
 
 /// A ring whose workers' addresses are resolved.
 pub struct Placed {
-    ring: Ring,
+    ring: Arc<Ring>,
     addresses: Vec<SocketAddr>,
 }
 
@@ -86,6 +85,10 @@ impl Placement {
         Some(self.current.load().as_ref()?.ring.version())
     }
 
+    pub fn ring(&self) -> Option<Arc<Ring>> {
+        Some(Arc::clone(&self.current.load().as_ref()?.ring))
+    }
+
     pub fn document(&self) -> Option<RingDocument> {
         Some(self.current.load().as_ref()?.ring.document().clone())
     }
@@ -137,7 +140,7 @@ impl Placement {
         addresses.dedup();
         let fetches: Vec<BoxFuture<'_, Result<RingDocument, FetchError>>> = addresses
             .iter()
-            .map(|address| fetch(address, source.token.as_deref()).boxed())
+            .map(|address| fetch(address, source.token.as_ref()).boxed())
             .collect();
         match newest(fetches, self.version()).await {
             Ok(document) => self.install(document).await,
@@ -167,7 +170,7 @@ const UNKNOWN_PAUSE: Duration = Duration::from_millis(50);
 /// Whom to ask for the ring, and with which token.
 pub struct RingSource {
     pub nodes: Vec<String>,
-    pub token: Option<Arc<str>>,
+    pub token: Option<HeaderValue>,
 }
 
 /// The first answer, unless it is older than what is known and another node says more.
@@ -205,13 +208,10 @@ enum FetchError {
     NoNodes,
     #[error("{address} took longer than {FETCH_MAX:?}")]
     TimedOut { address: String },
-    #[error("connect to {address}")]
-    Connect {
-        address: String,
-        source: std::io::Error,
-    },
-    #[error("ask {address}")]
-    Exchange {
+    #[error(transparent)]
+    Exchange(#[from] ExchangeError),
+    #[error("read the answer of {address}")]
+    Body {
         address: String,
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -224,7 +224,7 @@ enum FetchError {
     },
 }
 
-async fn fetch(address: &str, token: Option<&str>) -> Result<RingDocument, FetchError> {
+async fn fetch(address: &str, token: Option<&HeaderValue>) -> Result<RingDocument, FetchError> {
     tokio::time::timeout(FETCH_MAX, exchange(address, token))
         .await
         .unwrap_or_else(|_| {
@@ -234,50 +234,26 @@ async fn fetch(address: &str, token: Option<&str>) -> Result<RingDocument, Fetch
         })
 }
 
-async fn exchange(address: &str, token: Option<&str>) -> Result<RingDocument, FetchError> {
-    let failed = |source: Box<dyn std::error::Error + Send + Sync>| FetchError::Exchange {
-        address: address.to_owned(),
-        source,
-    };
-    let stream = TcpStream::connect(address)
-        .await
-        .map_err(|source| FetchError::Connect {
-            address: address.to_owned(),
-            source,
-        })?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(|error| failed(error.into()))?;
-    let mut request = Request::get(headers::RING_PATH).header(header::HOST, address);
-    if let Some(token) = token {
-        request = request.header(headers::TOKEN, token);
-    }
-    let request = request
+async fn exchange(address: &str, token: Option<&HeaderValue>) -> Result<RingDocument, FetchError> {
+    let request = Request::get(headers::RING_PATH)
         .body(Empty::<Bytes>::new())
-        .map_err(|error| failed(error.into()))?;
-    let answer = async {
-        let response = sender.send_request(request).await?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), DOCUMENT_BYTES_MAX)
-            .collect()
-            .await?;
-        Ok::<_, Box<dyn std::error::Error + Send + Sync>>((status, body.to_bytes()))
-    };
-    tokio::pin!(answer);
-    let (status, body) = tokio::select! {
-        answer = &mut answer => answer.map_err(failed)?,
-        ended = connection => {
-            ended.map_err(|error| failed(error.into()))?;
-            answer.await.map_err(failed)?
-        }
-    };
+        .expect("the path is a legal one");
+    let response = ops::exchange::send(address, token, request).await?;
+    let status = response.status();
     if status != StatusCode::OK {
         return Err(FetchError::Status {
             address: address.to_owned(),
             status,
         });
     }
-    serde_json::from_slice(&body).map_err(|source| FetchError::Document {
+    let body = Limited::new(response.into_body(), DOCUMENT_BYTES_MAX)
+        .collect()
+        .await;
+    let body = body.map_err(|source| FetchError::Body {
+        address: address.to_owned(),
+        source,
+    })?;
+    serde_json::from_slice(&body.to_bytes()).map_err(|source| FetchError::Document {
         address: address.to_owned(),
         source,
     })
@@ -312,5 +288,6 @@ async fn place(document: RingDocument) -> Result<Placed, PlaceError> {
             address: worker.address.clone(),
         })?);
     }
+    let ring = Arc::new(ring);
     Ok(Placed { ring, addresses })
 }

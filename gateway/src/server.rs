@@ -14,12 +14,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use http::HeaderValue;
 use metrics_exporter_prometheus::PrometheusHandle;
 use ops::Causes;
 use ops::admin::{self, Admin, Page};
-use ops::config::{ConfigError, non_empty};
+use ops::config::{ConfigError, non_empty, token_header};
 use ops::metrics::Registry;
+use ops::operator::Front;
 use ops::process::{self, Order, Signals};
 use pingora_core::apps::{HttpServerApp, ServerApp};
 use pingora_core::protocols::l4::stream::Stream;
@@ -88,7 +88,7 @@ impl Gateway {
         let registry = Arc::new(Registry::default());
         let shared = Arc::new(Shared {
             colo: config.site()?,
-            token: token(config)?,
+            token: token_header(&config.token)?,
             requests: config.requests.clone(),
             retry: config.retry.clone(),
             placement: Arc::new(Placement::default()),
@@ -114,7 +114,7 @@ impl Gateway {
             RingFrom::Nodes => {
                 let source = RingSource {
                     nodes: config.nodes.clone(),
-                    token: non_empty(&config.token).map(Arc::from),
+                    token: token_header(&config.token)?,
                 };
                 let keep = Arc::clone(&shared.placement).keep(source, config.retry.ring_refresh);
                 Some(tokio::spawn(keep))
@@ -204,18 +204,6 @@ impl Gateway {
             }
         }
     }
-}
-
-fn token(config: &Config) -> Result<Option<HeaderValue>, ConfigError> {
-    non_empty(&config.token)
-        .map(|token| {
-            let mut value = HeaderValue::from_str(token).map_err(|_| {
-                ConfigError::Rule("token must be visible ASCII: it travels in a header".to_owned())
-            })?;
-            value.set_sensitive(true);
-            Ok(value)
-        })
-        .transpose()
 }
 
 fn server_conf(config: &Config) -> ServerConf {
@@ -389,6 +377,15 @@ impl Admin for GatewayAdmin {
             )),
         })
     }
+
+    fn front(&self) -> Option<Front> {
+        let shared = &self.gateway.shared;
+        Some(Front {
+            ring: shared.placement.ring(),
+            node: None,
+            token: shared.token.clone(),
+        })
+    }
 }
 
 /// The whole life of the process `gateway`.
@@ -399,7 +396,7 @@ pub fn main(args: &Args) -> ExitCode {
 fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let config = args.load()?;
     if args.process.check {
-        token(&config)?;
+        token_header(&config.token)?;
         process::print_line("the configuration is valid");
         return Ok(());
     }

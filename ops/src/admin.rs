@@ -1,4 +1,5 @@
-//! The admin listener: `/metrics`, `/healthz`, `/readyz`, and the pages of the process behind it.
+//! The admin listener: `/metrics`, `/healthz`, `/readyz`, the pages of the process behind it, and what
+//! operators ask of objects.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -7,7 +8,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
 use http::{HeaderValue, Request, Response};
-use http_body_util::Full;
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -19,10 +21,21 @@ use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use crate::logs::Causes;
+use crate::operator::Front;
 
 pub use http::Method;
 
-pub type Page = Response<Full<Bytes>>;
+/// Bytes at hand, or what a worker sends.
+pub type Body = BoxBody<Bytes, hyper::Error>;
+
+pub type Page = Response<Body>;
+
+/// A body of bytes at hand.
+pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
+    Full::new(bytes.into())
+        .map_err(|never| match never {})
+        .boxed()
+}
 
 /// What one process shows its operator.
 pub trait Admin: Send + Sync + 'static {
@@ -34,6 +47,11 @@ pub trait Admin: Send + Sync + 'static {
 
     /// Any other page; `None` is a 404.
     fn page(&self, _method: &Method, _path: &str) -> Option<Page> {
+        None
+    }
+
+    /// Who passes on what operators ask of objects.
+    fn front(&self) -> Option<Front> {
         None
     }
 }
@@ -74,8 +92,11 @@ pub async fn serve(listener: TcpListener, token: Option<Arc<str>>, admin: Arc<dy
         };
         let (admin, token) = (Arc::clone(&admin), token.clone());
         let service = service_fn(move |request: Request<Incoming>| {
-            let page = answer(&request, token.as_deref(), admin.as_ref());
-            async move { Ok::<_, Infallible>(page) }
+            let (admin, token) = (Arc::clone(&admin), token.clone());
+            async move {
+                let page = answer(request, token.as_deref(), admin.as_ref()).await;
+                Ok::<_, Infallible>(page)
+            }
         });
         connections.spawn(async move {
             let served = http1::Builder::new()
@@ -89,7 +110,7 @@ pub async fn serve(listener: TcpListener, token: Option<Arc<str>>, admin: Arc<dy
     }
 }
 
-fn answer(request: &Request<Incoming>, token: Option<&str>, admin: &dyn Admin) -> Page {
+async fn answer(request: Request<Incoming>, token: Option<&str>, admin: &dyn Admin) -> Page {
     let path = request.uri().path();
     match path {
         "/healthz" => return text("ok\n".to_owned()),
@@ -120,11 +141,15 @@ fn answer(request: &Request<Incoming>, token: Option<&str>, admin: &dyn Admin) -
         );
         return page;
     }
-    admin.page(request.method(), path).unwrap_or_else(|| {
-        refusal(&Problem::not_found(format!(
+    if let Some(page) = admin.page(request.method(), path) {
+        return page;
+    }
+    match admin.front().filter(|_| Front::answers(path)) {
+        Some(front) => front.answer(request).await,
+        None => refusal(&Problem::not_found(format!(
             "there is no page {path:?} here"
-        )))
-    })
+        ))),
+    }
 }
 
 /// Compares in a time that depends on the lengths alone.
@@ -135,7 +160,7 @@ pub fn bearer_matches(value: Option<&HeaderValue>, token: &str) -> bool {
 }
 
 pub fn text(body: String) -> Page {
-    let mut page = Response::new(Full::new(Bytes::from(body)));
+    let mut page = Response::new(full(body));
     page.headers_mut().insert(
         CONTENT_TYPE,
         HeaderValue::from_static("text/plain; charset=utf-8"),
@@ -146,7 +171,7 @@ pub fn text(body: String) -> Page {
 pub fn json(body: &impl serde::Serialize) -> Page {
     match serde_json::to_vec(body) {
         Ok(body) => {
-            let mut page = Response::new(Full::new(Bytes::from(body)));
+            let mut page = Response::new(full(body));
             page.headers_mut()
                 .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
             page
@@ -156,7 +181,7 @@ pub fn json(body: &impl serde::Serialize) -> Page {
 }
 
 pub fn refusal(problem: &Problem) -> Page {
-    let mut page = Response::new(Full::new(Bytes::from(problem.to_json(None))));
+    let mut page = Response::new(full(problem.to_json(None)));
     *page.status_mut() = problem.code.status();
     page.headers_mut()
         .insert(CONTENT_TYPE, HeaderValue::from_static(problem::MEDIA_TYPE));

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use http::HeaderValue;
 use serde::de::DeserializeOwned;
 
 /// Why a configuration was refused. Processes answer with exit code 2.
@@ -38,6 +39,18 @@ pub fn read<C: DeserializeOwned>(path: &Path) -> Result<C, ConfigError> {
 /// A setting whose empty text means "none".
 pub fn non_empty(text: &str) -> Option<&str> {
     (!text.is_empty()).then_some(text)
+}
+
+/// The cluster's token as the value of a header; `None` if there is none.
+pub fn token_header(token: &str) -> Result<Option<HeaderValue>, ConfigError> {
+    let value = |token| {
+        let mut value = HeaderValue::from_str(token).map_err(|_| {
+            ConfigError::Rule("token must be visible ASCII: it travels in a header".to_owned())
+        })?;
+        value.set_sensitive(true);
+        Ok(value)
+    };
+    non_empty(token).map(value).transpose()
 }
 
 /// Refuses an address that is neither loopback nor protected by `token`.

@@ -4,8 +4,10 @@
 pub mod admin;
 pub mod args;
 pub mod config;
+pub mod exchange;
 pub mod logs;
 pub mod metrics;
+pub mod operator;
 pub mod process;
 
 pub use logs::Causes;

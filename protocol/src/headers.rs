@@ -30,6 +30,9 @@ pub const REQUEST: HeaderName = HeaderName::from_static("dormouse-request");
 pub const METHOD: HeaderName = HeaderName::from_static("dormouse-method");
 /// Present when a client asks for a new unique id: the worker answers for the class alone.
 pub const CREATE: HeaderName = HeaderName::from_static("dormouse-create");
+/// Present on what an operator asks; the path says what. The admin listener in between has checked the
+/// operator's own token.
+pub const OPERATOR: HeaderName = HeaderName::from_static("dormouse-operator");
 /// The cluster's shared secret. Workers never show it to class code.
 pub const TOKEN: HeaderName = HeaderName::from_static("dormouse-token");
 /// On refusals: the [`ErrorCode`](crate::ErrorCode). Only the system sets it.
@@ -78,7 +81,8 @@ mod tests {
     #[test]
     fn every_header_has_the_prefix_that_gateways_remove() {
         for header in [
-            CLASS, OBJECT, NAME, SHARD, EPOCH, COLO, REQUEST, METHOD, CREATE, TOKEN, ERROR,
+            CLASS, OBJECT, NAME, SHARD, EPOCH, COLO, REQUEST, METHOD, CREATE, OPERATOR, TOKEN,
+            ERROR,
         ] {
             assert!(header.as_str().starts_with(PREFIX));
         }

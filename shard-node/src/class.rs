@@ -119,6 +119,11 @@ impl ClassError {
         )
     }
 
+    /// Not the class's doing, and nothing it could mend.
+    pub fn is_of_the_platform(&self) -> bool {
+        matches!(self, Self::Storage(error) if error.is_of_the_platform())
+    }
+
     pub fn problem(&self) -> Problem {
         let detail = self.to_string();
         match self {

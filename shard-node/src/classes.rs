@@ -3,6 +3,7 @@
 mod answer;
 pub mod counter;
 pub mod kv;
+pub mod queue;
 pub mod sql;
 mod values;
 
@@ -17,12 +18,13 @@ use crate::class::Class;
 pub struct Classes(Vec<Arc<dyn Class>>);
 
 impl Classes {
-    /// [`Counter`](counter::Counter), [`Kv`](kv::Kv) and [`Sql`](sql::Sql).
+    /// [`Counter`](counter::Counter), [`Kv`](kv::Kv), [`Sql`](sql::Sql) and [`Queue`](queue::Queue).
     pub fn built_in() -> Self {
         Self::default()
             .with(counter::Counter::default())
             .with(kv::Kv::default())
             .with(sql::Sql::default())
+            .with(queue::Queue::default())
     }
 
     #[must_use]

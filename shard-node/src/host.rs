@@ -323,6 +323,23 @@ impl Host {
         self.waiting.get()
     }
 
+    /// The object leaves memory, unless it is busy.
+    pub fn sleep(&self, id: ObjectId) {
+        let object = self.objects.borrow().get(&id).cloned();
+        if let Some(object) = object.filter(|object| object.is_idle() && !object.queued.get()) {
+            self.evict(&object);
+        }
+    }
+
+    /// The object leaves memory, whatever it does: what is under way is answered `object_reset`, and what
+    /// waits goes to a fresh copy, which begins with its next turn.
+    pub fn take_out(self: &Rc<Self>, id: ObjectId) {
+        let object = self.objects.borrow().get(&id).cloned();
+        if let Some(object) = object {
+            self.reset(&object);
+        }
+    }
+
     pub fn is_awake(&self, id: ObjectId) -> bool {
         self.objects.borrow().contains_key(&id)
     }

@@ -23,6 +23,8 @@ pub mod host;
 pub mod metrics;
 pub mod node;
 pub mod object;
+mod operator;
+pub mod schedules;
 mod server;
 pub mod storage;
 mod worker;

@@ -8,10 +8,12 @@ use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
+use http::HeaderValue;
 use metrics_exporter_prometheus::PrometheusHandle;
 use ops::admin::{self, Admin, Page};
-use ops::config::{ConfigError, non_empty};
+use ops::config::{ConfigError, non_empty, token_header};
 use ops::metrics::Registry;
+use ops::operator::Front;
 use ops::process::{self, Signals};
 use protocol::Ring;
 use tokio::sync::watch;
@@ -52,6 +54,9 @@ pub struct Node {
     ring: Arc<Ring>,
     addresses: Vec<SocketAddr>,
     registry: Arc<Registry>,
+    name: String,
+    /// What workers want from whoever speaks for a gateway.
+    token: Option<HeaderValue>,
     order: watch::Sender<Order>,
     threads: Vec<JoinHandle<()>>,
     /// Released last.
@@ -67,6 +72,7 @@ impl Node {
             warn!("SQLite was in use before the node: sql.memory_bytes_max has no effect");
         }
         let data_dir = DataDir::open(&config.data_dir, config.ring.shards)?;
+        let token = token_header(&config.token)?;
         let listeners = listen(&config.listen, config.worker_count())?;
         let addresses: Vec<SocketAddr> = listeners
             .iter()
@@ -144,6 +150,8 @@ impl Node {
             ring,
             addresses,
             registry,
+            name: config.name.clone(),
+            token,
             order,
             threads,
             data_dir,
@@ -248,6 +256,14 @@ impl Admin for NodeAdmin {
 
     fn page(&self, _method: &http::Method, path: &str) -> Option<Page> {
         (path == "/ring").then(|| admin::json(self.node.ring.document()))
+    }
+
+    fn front(&self) -> Option<Front> {
+        Some(Front {
+            ring: Some(Arc::clone(&self.node.ring)),
+            node: Some(self.node.name.clone()),
+            token: self.node.token.clone(),
+        })
     }
 }
 

@@ -22,6 +22,7 @@ use crate::classes::Classes;
 use crate::host::{Address, Host};
 use crate::metrics::{Code, Metrics};
 use crate::object::mailbox::{Event, Reply};
+use crate::operator::Operator;
 
 /// The front of one worker.
 pub(crate) struct Server {
@@ -32,6 +33,7 @@ pub(crate) struct Server {
     pub(crate) classes: Classes,
     pub(crate) token: Option<Arc<str>>,
     pub(crate) metrics: Rc<Metrics>,
+    pub(crate) operator: Operator,
 }
 
 impl Server {
@@ -67,6 +69,9 @@ impl Server {
         class_seen: &mut Option<Arc<dyn Class>>,
     ) -> Result<Response<Body>, Problem> {
         self.authenticate(request.headers_mut())?;
+        if request.headers().contains_key(headers::OPERATOR) {
+            return self.operator.answer(request).await;
+        }
         if !request.headers().contains_key(headers::OBJECT) {
             return self.internal_page(&request);
         }

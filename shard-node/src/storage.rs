@@ -138,6 +138,8 @@ pub struct Storage {
     unconfirmed: Cell<bool>,
     /// The open transaction has a write that does.
     confirm: Cell<bool>,
+    /// What runs now may only read.
+    forbid_writes: Cell<bool>,
     /// Replies wait until the log is durable up to here.
     gate: Cell<LogPosition>,
     /// The open transaction may have changed the alarm.
@@ -187,6 +189,7 @@ impl Storage {
             unconfirmed: Cell::new(false),
             confirm: Cell::new(false),
             gate: Cell::new(LogPosition::ZERO),
+            forbid_writes: Cell::new(false),
             alarm_changed: Cell::new(false),
             timers: None,
         }
@@ -481,6 +484,51 @@ impl Storage {
         open.handle.close(open.connection);
     }
 
+    /// Runs `f`, in which nothing may be written.
+    pub(crate) fn read_only<R>(&self, f: impl FnOnce() -> R) -> R {
+        let before = self.forbid_writes.replace(true);
+        let result = f();
+        self.forbid_writes.set(before);
+        result
+    }
+
+    /// Runs a statement of ours that writes, in the transaction of this turn. It must name one of our
+    /// tables.
+    pub(crate) fn write_ours(&self, sql: &str, values: &[SqlValue]) -> Result<(), StorageError> {
+        self.writing(|connection| {
+            let mut statement = prepare_ours(connection, sql)?;
+            statement
+                .execute(rusqlite::params_from_iter(values))
+                .map(drop)
+        })
+    }
+
+    /// The rows of a query of ours. It must name one of our tables.
+    pub(crate) fn read_ours<T>(
+        &self,
+        sql: &str,
+        values: &[SqlValue],
+        row: impl FnMut(&rusqlite::Row<'_>) -> rusqlite::Result<T>,
+    ) -> Result<Vec<T>, StorageError> {
+        self.reading(|connection| {
+            prepare_ours(connection, sql)?
+                .query_map(rusqlite::params_from_iter(values), row)?
+                .collect()
+        })
+    }
+
+    /// Whether one of our tables is there.
+    pub(crate) fn has_table_of_ours(&self, name: &str) -> Result<bool, StorageError> {
+        let open = self.open()?;
+        if !self.may_have_tables(&open) {
+            return Ok(false);
+        }
+        drop(open);
+        let select = "SELECT 1 FROM sqlite_schema WHERE name = ? /* _dormouse_ */";
+        let found = self.read_ours(select, &[SqlValue::Text(name.to_owned())], |_| Ok(()))?;
+        Ok(!found.is_empty())
+    }
+
     /// Runs statements of ours that only read.
     fn reading<T>(
         &self,
@@ -568,6 +616,11 @@ impl Storage {
 
     /// A write is about to happen.
     fn begin(&self, open: &Open) -> Result<(), StorageError> {
+        if self.forbid_writes.get() {
+            return Err(StorageError::Denied(
+                "this SQL would write, and was to read only".to_owned(),
+            ));
+        }
         if self.segment.get() == Segment::Clean {
             if self.batch.get() && open.connection.is_autocommit() {
                 // A read of this turn failed so badly that SQLite rolled back what came before it.

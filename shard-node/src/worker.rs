@@ -28,6 +28,7 @@ use crate::commit_log::record::FileId;
 use crate::disk::Disk;
 use crate::host::{Host, HostConfig};
 use crate::metrics::Metrics;
+use crate::operator::Operator;
 use crate::server::Server;
 use crate::storage::logged::{OpenError, PAGE_BYTES, Setup};
 use crate::storage::{LogConfig, Logged};
@@ -115,7 +116,19 @@ impl Worker {
             self.host.alarms.clone(),
         );
         let catalogs = self.catalogs();
+        let operator = Operator {
+            host: Rc::clone(&host),
+            engine: engine.clone(),
+            classes: self.classes.clone(),
+            ring: Arc::clone(&self.ring),
+            me: self.me,
+            catalogs: catalogs.clone(),
+            clock: Arc::clone(&self.clock),
+            sql: Arc::clone(&self.host.sql),
+            spool: self.data_dir.join("spool"),
+        };
         let server = Rc::new(Server {
+            operator,
             host: Rc::clone(&host),
             ring: self.ring,
             me: self.me,

@@ -5,6 +5,7 @@
 mod command_line;
 mod crash;
 mod fsck;
+mod operator;
 mod readme;
 mod support;
 mod whole;

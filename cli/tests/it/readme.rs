@@ -57,19 +57,24 @@ fn every_command_gives_what_the_readme_shows() {
     let readme =
         std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md"))
             .unwrap();
-    let steps = steps(&readme, "Try it");
-    assert!(steps.len() >= 20, "{} steps", steps.len());
+    let mut all = steps(&readme, "Try it");
+    all.extend(steps(&readme, "Operate"));
+    assert!(all.len() >= 40, "{} steps", all.len());
     let dir = tempfile::tempdir().unwrap();
     let process = Process::dev(&dir.path().join("data"));
     let front = process.url.trim_start_matches("http://");
     let admin = process.admin.trim_start_matches("http://");
-    for Step { command, shown } in steps {
+    let binaries = Path::new(env!("CARGO_BIN_EXE_dormouse")).parent().unwrap();
+    let path = format!("{}:{}", binaries.display(), std::env::var("PATH").unwrap());
+    for Step { command, shown } in all {
         let here = command
             .replace("127.0.0.1:8080", front)
             .replace("127.0.0.1:8081", admin);
         let output = Command::new("bash")
             .args(["-c", &here])
             .current_dir(dir.path())
+            .env("PATH", &path)
+            .env("DORMOUSE_ADMIN", &process.admin)
             .output()
             .unwrap();
         let text = String::from_utf8(output.stdout).unwrap().replace('\r', "");

@@ -171,3 +171,17 @@ pub(crate) fn call(url: &str, path: &str, args: &Value) -> Value {
     assert_eq!(status, 200, "{path}: {body}");
     serde_json::from_str(&body).unwrap()
 }
+
+/// Waits for something that happens soon, at the latest within 10 seconds.
+#[track_caller]
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let (_never, pause) = std::sync::mpsc::sync_channel::<()>(1);
+    for _ in 0..200 {
+        if holds() {
+            return;
+        }
+        // Nobody sends: this only waits.
+        pause.recv_timeout(Duration::from_millis(50)).unwrap_err();
+    }
+    panic!("not within 10 seconds: {what}");
+}

@@ -64,6 +64,12 @@ impl Context {
             self.0.alarm_run.set(Some(AlarmRun { set, ..run }));
             return Ok(());
         }
+        self.replace_alarm(at)
+    }
+
+    /// Sets the alarm with this stretch, even in its own handler: whatever becomes of the handler, this is
+    /// another alarm, with all its tries.
+    pub(crate) fn replace_alarm(&self, at: Option<u64>) -> Result<(), ClassError> {
         let state = self.0.storage.alarm()?.state;
         if at.is_none() && state.pending.is_none() {
             return Ok(());

@@ -19,7 +19,7 @@ use serde_json::Map;
 
 use super::{answer, values};
 use crate::class::{Args, Body, Class, ClassError, Context, Instance, Json, Turn, clip};
-use crate::storage::{Rows, SqlValue};
+use crate::storage::{Rows, SqlValue, Storage};
 
 pub struct Sql {
     name: ClassName,
@@ -98,18 +98,8 @@ impl Database {
         let body: ExecBody = serde_json::from_slice(body).map_err(|error| {
             ClassError::BadRequest(format!("the body must be {{\"sql\", \"params\"}}: {error}"))
         })?;
-        let params = (1..)
-            .zip(body.params)
-            .map(|(number, value)| {
-                let shown = clip(&value.to_string());
-                values::sql_from_json(value).map_err(|rule| {
-                    ClassError::BadRequest(format!(
-                        "parameter {number} must be {rule}, not {shown}"
-                    ))
-                })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        Ok(answer::json(&to_json(self.exec(&body.sql, &params)?)))
+        let rows = run(self.context.storage(), &body.sql, body.params)?;
+        Ok(answer::json(&rows))
     }
 }
 
@@ -136,6 +126,21 @@ impl Instance for Database {
     fn call(self: Rc<Self>, method: &str, args: Args) -> Turn<Json> {
         Turn::Done(self.answer(method, args))
     }
+}
+
+/// Runs SQL with parameters from JSON, to JSON.
+pub(crate) fn run(storage: &Storage, sql: &str, params: Vec<Json>) -> Result<Json, ClassError> {
+    let params = (1..)
+        .zip(params)
+        .map(|(number, value)| {
+            let shown = clip(&value.to_string());
+            values::sql_from_json(value).map_err(|rule| {
+                ClassError::BadRequest(format!("parameter {number} must be {rule}, not {shown}"))
+            })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let rows = storage.exec(sql, &params, limits::RPC_BODY_BYTES_MAX)?;
+    Ok(to_json(rows))
 }
 
 fn to_json(rows: Rows) -> Json {

@@ -349,6 +349,13 @@ impl Logged {
         self.0.write_notes(usize::MAX)
     }
 
+    /// Writes some of them; `false` when there are no more, or they cannot be written now.
+    pub(crate) fn write_some_notes(&self) -> bool {
+        self.0.try_write_notes();
+        let left = !self.0.core.notes.borrow().is_empty();
+        left && !self.0.catalog_failed.get() && self.0.log_is_open()
+    }
+
     /// What the log counted.
     pub fn stats(&self) -> &Stats {
         self.0.core.log.stats()

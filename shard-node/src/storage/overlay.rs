@@ -119,8 +119,14 @@ impl Overlay {
         self.committed_place(number)
     }
 
+    /// The pages in memory as of the last commit.
+    pub(crate) fn committed_pages_here(&self) -> impl Iterator<Item = (u32, Arc<[u8]>)> {
+        let pages = self.committed.iter();
+        pages.map(|(number, page)| (*number, Arc::clone(&page.bytes)))
+    }
+
     /// The same of the last commit, for a page that it has.
-    pub(crate) fn committed_place(&self, number: u32) -> Place<'_> {
+    fn committed_place(&self, number: u32) -> Place<'_> {
         match self.committed.get(&number) {
             Some(page) => Place::Here(&page.bytes),
             None if number <= self.file_pages => Place::File,

@@ -392,7 +392,7 @@ fn requests_that_no_gateway_would_send_are_refused() {
     check(
         &|h| drop(h.insert(headers::CLASS, "Nope".parse().unwrap())),
         404,
-        "there are Counter, Kv, Sql, Probe, Broken",
+        "there are Counter, Kv, Sql, Queue, Probe, Broken",
     );
     check(
         &|h| drop(h.insert(headers::METHOD, "nope".parse().unwrap())),

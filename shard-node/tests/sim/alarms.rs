@@ -30,9 +30,10 @@ use tokio::time::Instant;
 
 use crate::disk::{Crash, Fault, SimDisk};
 use crate::node::{ROOT, setup};
+use crate::schedules::Planner;
 
 /// When a run begins, in milliseconds since 1970.
-const EPOCH: u64 = 1_700_000_000_000;
+pub(crate) const EPOCH: u64 = 1_700_000_000_000;
 
 const SHARDS: u16 = 4;
 
@@ -180,15 +181,15 @@ impl Instance for BeeperInstance {
 }
 
 /// What outlives the node's deaths.
-struct World {
+pub(crate) struct World {
     disk: SimDisk,
     tries: Tries,
-    now: u64,
+    pub(crate) now: u64,
     config: AlarmsConfig,
 }
 
 /// One life of the node.
-struct Life {
+pub(crate) struct Life {
     host: Rc<Host>,
     runner: Rc<Runner>,
     engine: Logged,
@@ -205,7 +206,7 @@ struct Life {
 }
 
 impl World {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             disk: SimDisk::new(ROOT.as_ref()),
             tries: Tries::default(),
@@ -219,7 +220,7 @@ impl World {
     }
 
     /// Runs a node for as long as `run` lasts, then kills it.
-    fn live(&mut self, crash: Crash, run: impl AsyncFnOnce(&Life)) {
+    pub(crate) fn live(&mut self, crash: Crash, run: impl AsyncFnOnce(&Life)) {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .start_paused(true)
@@ -265,7 +266,7 @@ impl Life {
             Arc::clone(&clock) as _,
             metrics,
         );
-        let classes = Classes::built_in().with(Beeper {
+        let classes = Classes::built_in().with(Planner::default()).with(Beeper {
             name: "Beeper".parse().unwrap(),
             tries: Arc::clone(&world.tries),
         });
@@ -336,7 +337,14 @@ impl Life {
     }
 
     fn address(&self, object: &str) -> Address {
-        let class = self.classes.iter().last().unwrap();
+        self.address_of("Beeper", object)
+    }
+
+    pub(crate) fn address_of(&self, class: &str, object: &str) -> Address {
+        let mut classes = self.classes.iter();
+        let class = classes
+            .find(|known| known.name().as_str() == class)
+            .unwrap();
         let name: ObjectName = object.parse().unwrap();
         let id = ObjectId::named(class.name(), Home::Global, &name);
         Address {
@@ -348,6 +356,26 @@ impl Life {
     }
 
     async fn try_call(&self, object: &str, method: &str, args: Json) -> Result<Json, String> {
+        self.try_call_of("Beeper", object, method, args).await
+    }
+
+    pub(crate) async fn call_of(
+        &self,
+        class: &str,
+        object: &str,
+        method: &str,
+        args: Json,
+    ) -> Json {
+        self.try_call_of(class, object, method, args).await.unwrap()
+    }
+
+    pub(crate) async fn try_call_of(
+        &self,
+        class: &str,
+        object: &str,
+        method: &str,
+        args: Json,
+    ) -> Result<Json, String> {
         let Json::Array(args) = args else {
             panic!("{args} are no arguments")
         };
@@ -356,7 +384,11 @@ impl Life {
             args: Args::new(method, args),
         };
         self.calls.notify_one();
-        match self.host.deliver(&self.address(object), event).await {
+        match self
+            .host
+            .deliver(&self.address_of(class, object), event)
+            .await
+        {
             Ok(Reply::Value(value)) => Ok(value),
             Ok(Reply::Response(_)) => panic!("a response to a call"),
             Err(problem) => Err(problem.detail),
@@ -375,7 +407,11 @@ impl Life {
         }
     }
 
-    async fn sleep(&self, millis: u64) {
+    pub(crate) fn now(&self) -> u64 {
+        self.clock.unix_millis()
+    }
+
+    pub(crate) async fn sleep(&self, millis: u64) {
         tokio::time::sleep(Duration::from_millis(millis)).await;
     }
 
@@ -387,7 +423,7 @@ impl Life {
         row.map(|row| row.alarm).unwrap_or_default()
     }
 
-    fn metric(&self, line: &str) -> f64 {
+    pub(crate) fn metric(&self, line: &str) -> f64 {
         let metrics = self.registry.handle().render();
         let value = metrics
             .lines()

@@ -11,3 +11,4 @@ mod disk;
 mod faults;
 mod gate;
 mod node;
+mod schedules;

@@ -12,7 +12,6 @@ use super::{Inner, Logged};
 use crate::alarm::AlarmState;
 use crate::commit_log::record::Named;
 use crate::storage::image::Image;
-use crate::storage::overlay::Place;
 use crate::storage::{Engine, Identity, StorageError};
 
 /// The pages of a database as of one commit. As long as this lives, the database goes on, but nothing of
@@ -44,6 +43,11 @@ impl Snapshot {
     /// It may be shown to others once the log is durable up to here.
     pub fn position(&self) -> LogPosition {
         self.position
+    }
+
+    /// The log has lost what it shows.
+    pub fn is_lost(&self) -> bool {
+        self.database.lost.get()
     }
 
     /// Reads a page, counted from 1, into a buffer of [`page_bytes`](Self::page_bytes).
@@ -87,25 +91,26 @@ impl Logged {
         let database = self.0.open_database(id.into(), shard)?;
         let overlay = database.overlay.borrow();
         let pages = overlay.committed_pages();
-        let changed = (1..=pages).filter_map(|number| match overlay.committed_place(number) {
-            Place::Here(page) => Some((number, page)),
-            Place::File | Place::Nowhere => None,
-        });
-        let changed = changed
-            .map(|(number, page)| (number, Arc::from(page)))
-            .collect();
         database.snapshots.set(database.snapshots.get() + 1);
         let snapshot = Snapshot {
             engine: Rc::downgrade(&self.0),
             page_bytes: overlay.page_bytes(),
             pages,
-            changed,
+            changed: overlay.committed_pages_here().collect(),
             file_pages: overlay.file_pages(),
             position: database.last.get().1,
             database: Rc::clone(&database),
         };
         drop(overlay);
         Ok((pages > 0).then_some(snapshot))
+    }
+
+    /// Whether an object has a database.
+    pub fn exists(&self, id: ObjectId, shard: ShardId) -> rusqlite::Result<bool> {
+        let database = self.0.open_database(id.into(), shard)?;
+        let exists = database.overlay.borrow().committed_pages() > 0;
+        self.0.release(&database);
+        Ok(exists)
     }
 
     /// Puts another database in the place of an object's, in one commit; where that ends. The object must

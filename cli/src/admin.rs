@@ -1,0 +1,264 @@
+//! The admin listener as a client sees it: one address that administers everything.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use protocol::{ClassName, Colo, Home, ObjectId, ObjectName};
+use serde::Serialize;
+use serde_json::Value as Json;
+use ureq::http::{Method, Request, Response};
+use ureq::{Agent, AsSendBody, Body};
+
+/// How long an answer may take to begin; a worker reads all of a database before it sends it.
+const ANSWER_MAX: Duration = Duration::from_secs(300);
+
+/// Where to ask, and how to show the answer.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct AdminArgs {
+    /// Address of the admin listener of a gateway or a node
+    #[arg(
+        long,
+        global = true,
+        env = "DORMOUSE_ADMIN",
+        value_name = "URL",
+        default_value = "http://127.0.0.1:8081"
+    )]
+    admin: String,
+    /// Bearer token of the admin listener
+    #[arg(
+        long,
+        global = true,
+        env = "DORMOUSE_ADMIN_TOKEN",
+        value_name = "TOKEN",
+        hide_env_values = true
+    )]
+    admin_token: Option<String>,
+    /// Print JSON
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+/// One object.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ObjectArgs {
+    /// Its class
+    class: ClassName,
+    /// Its name, or id: followed by its id
+    name: String,
+    /// Its colo, if objects of this class have one
+    #[arg(long)]
+    colo: Option<Colo>,
+}
+
+/// Why something did not work.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AdminError {
+    /// The other side's own words.
+    #[error("{0}")]
+    Refused(String),
+    #[error("ask {url}")]
+    Exchange { url: String, source: ureq::Error },
+    #[error("{url} answered what is no JSON")]
+    NotJson {
+        url: String,
+        source: serde_json::Error,
+    },
+    #[error("file {path}")]
+    File { path: PathBuf, source: io::Error },
+    #[error("the name or id of an object is not valid")]
+    Name(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("{0}")]
+    Usage(String),
+}
+
+impl ObjectArgs {
+    pub(crate) fn id(&self) -> Result<ObjectId, AdminError> {
+        let wrong = |error: Box<dyn std::error::Error + Send + Sync>| AdminError::Name(error);
+        if let Some(id) = self.name.strip_prefix("id:") {
+            let id: ObjectId = id.parse().map_err(|error| wrong(Box::new(error)))?;
+            id.check_class(&self.class)
+                .map_err(|error| wrong(Box::new(error)))?;
+            return Ok(id);
+        }
+        let name = self.object_name()?;
+        let name = name.ok_or_else(|| wrong("it is empty".into()))?;
+        Ok(ObjectId::named(&self.class, self.home(), &name))
+    }
+
+    /// The name; `None` for an object that is called by its id.
+    pub(crate) fn object_name(&self) -> Result<Option<ObjectName>, AdminError> {
+        if self.name.starts_with("id:") {
+            return Ok(None);
+        }
+        match self.name.parse::<ObjectName>() {
+            Ok(name) => Ok(Some(name)),
+            Err(error) => Err(AdminError::Name(Box::new(error))),
+        }
+    }
+
+    /// Another object of the same class and colo.
+    pub(crate) fn sibling(&self, name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            ..self.clone()
+        }
+    }
+
+    fn home(&self) -> Home {
+        self.colo.map_or(Home::Global, Home::Colo)
+    }
+}
+
+/// An admin listener.
+pub(crate) struct Admin {
+    url: String,
+    token: Option<String>,
+    agent: Agent,
+}
+
+impl Admin {
+    pub(crate) fn new(args: &AdminArgs) -> Self {
+        let config = Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_connect(Some(Duration::from_secs(10)))
+            .timeout_recv_response(Some(ANSWER_MAX))
+            .build();
+        Self {
+            url: args.admin.trim_end_matches('/').to_owned(),
+            token: args.admin_token.clone(),
+            agent: config.into(),
+        }
+    }
+
+    /// Sends a request; the answer if it is a good one.
+    fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: impl AsSendBody,
+    ) -> Result<Response<Body>, AdminError> {
+        let url = format!("{}{path}", self.url);
+        let failed = |source| AdminError::Exchange {
+            url: url.clone(),
+            source,
+        };
+        let mut request = Request::builder().method(method).uri(&url);
+        if let Some(token) = &self.token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let request = request.body(body).map_err(|error| failed(error.into()))?;
+        let mut answer = self.agent.run(request).map_err(failed)?;
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        let status = answer.status();
+        let text = answer.body_mut().read_to_string().map_err(failed)?;
+        let problem: Option<Json> = serde_json::from_str(&text).ok();
+        let detail = problem
+            .as_ref()
+            .and_then(|problem| problem["detail"].as_str());
+        Err(AdminError::Refused(match detail {
+            Some(detail) => detail.to_owned(),
+            None => format!("{url} answered {status}: {text}"),
+        }))
+    }
+
+    pub(crate) fn ask(&self, method: Method, path: &str, body: &str) -> Result<Json, AdminError> {
+        let mut answer = self.send(method, path, body)?;
+        let url = format!("{}{path}", self.url);
+        let text = answer.body_mut().read_to_string();
+        let text = text.map_err(|source| AdminError::Exchange {
+            url: url.clone(),
+            source,
+        })?;
+        serde_json::from_str(&text).map_err(|source| AdminError::NotJson { url, source })
+    }
+
+    pub(crate) fn get(&self, path: &str) -> Result<Json, AdminError> {
+        self.ask(Method::GET, path, "")
+    }
+
+    /// Saves an answer in a file, which is there whole or not at all.
+    pub(crate) fn download(&self, path: &str, file: &Path) -> Result<u64, AdminError> {
+        let mut answer = self.send(Method::GET, path, "")?;
+        let failed = |source| AdminError::File {
+            path: file.to_owned(),
+            source,
+        };
+        let partial = partial_path(file);
+        let length = answer.body().content_length();
+        let bar = progress(length);
+        let mut reader = bar.wrap_read(answer.body_mut().as_reader());
+        let copied = (|| {
+            let mut out = File::create(&partial)?;
+            let bytes = io::copy(&mut reader, &mut out)?;
+            if length.is_some_and(|length| length != bytes) {
+                return Err(io::Error::other(format!(
+                    "the answer broke off after {bytes} bytes"
+                )));
+            }
+            out.flush()?;
+            out.sync_all()?;
+            std::fs::rename(&partial, file)?;
+            Ok(bytes)
+        })();
+        bar.finish_and_clear();
+        copied.map_err(|error| {
+            // What is left of it is of no use; that it stays does no harm.
+            drop(std::fs::remove_file(&partial));
+            failed(error)
+        })
+    }
+
+    /// Sends a file.
+    pub(crate) fn upload(&self, path: &str, file: &Path) -> Result<Json, AdminError> {
+        let failed = |source| AdminError::File {
+            path: file.to_owned(),
+            source,
+        };
+        let opened = File::open(file).map_err(failed)?;
+        let length = opened.metadata().map_err(failed)?.len();
+        let bar = progress(Some(length));
+        let mut reader: Box<dyn Read> = Box::new(bar.wrap_read(opened));
+        let sent = self.send(Method::PUT, path, ureq::SendBody::from_reader(&mut reader));
+        bar.finish_and_clear();
+        let mut answer = sent?;
+        let text = answer.body_mut().read_to_string();
+        let text = text.map_err(|source| AdminError::Exchange {
+            url: format!("{}{path}", self.url),
+            source,
+        })?;
+        serde_json::from_str(&text).map_err(|source| AdminError::NotJson {
+            url: self.url.clone(),
+            source,
+        })
+    }
+}
+
+fn partial_path(file: &Path) -> PathBuf {
+    let mut name = file.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    file.with_file_name(name)
+}
+
+/// A bar on the terminal, if there is one.
+fn progress(length: Option<u64>) -> ProgressBar {
+    let style = "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
+    let bar = length.map_or_else(ProgressBar::new_spinner, ProgressBar::new);
+    bar.with_style(ProgressStyle::with_template(style).expect("the template is a legal one"))
+}
+
+/// A path with parameters.
+pub(crate) fn with_parameters(path: &str, parameters: &impl Serialize) -> String {
+    let query = serde_urlencoded::to_string(parameters)
+        .expect("texts, numbers and flags always make a query");
+    if query.is_empty() {
+        path.to_owned()
+    } else {
+        format!("{path}?{query}")
+    }
+}

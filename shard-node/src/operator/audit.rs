@@ -1,0 +1,67 @@
+//! What operators did to an object, kept in its own database.
+
+use serde_json::Value as Json;
+
+use crate::class::{ClassError, Context};
+use crate::storage::{SqlValue, StorageError};
+
+/// Operations that are kept; older ones make room.
+const KEPT: i64 = 100;
+
+const TABLE: &str = "CREATE TABLE IF NOT EXISTS _dormouse_operations (
+    number INTEGER PRIMARY KEY, at_ms INTEGER NOT NULL, what TEXT NOT NULL, who TEXT NOT NULL,
+    why TEXT NOT NULL, detail TEXT NOT NULL)";
+
+/// Notes an operation, in the transaction that does it.
+pub(super) fn note(
+    context: &Context,
+    now: u64,
+    what: &str,
+    who: &str,
+    why: &str,
+    detail: &str,
+) -> Result<(), StorageError> {
+    let text = |text: &str| SqlValue::Text(text.to_owned());
+    let values = [
+        SqlValue::Integer(i64::try_from(now).unwrap_or(i64::MAX)),
+        text(what),
+        text(who),
+        text(why),
+        text(detail),
+    ];
+    let storage = context.storage();
+    storage.write_ours(TABLE, &[])?;
+    storage.write_ours(
+        "INSERT INTO _dormouse_operations (at_ms, what, who, why, detail) VALUES (?, ?, ?, ?, ?)",
+        &values,
+    )?;
+    storage.write_ours(
+        "DELETE FROM _dormouse_operations \
+         WHERE number <= (SELECT max(number) FROM _dormouse_operations) - ?",
+        &[SqlValue::Integer(KEPT)],
+    )
+}
+
+/// What was done, the latest first.
+pub(super) fn list(context: &Context) -> Result<Json, ClassError> {
+    if !context
+        .storage()
+        .has_table_of_ours("_dormouse_operations")?
+    {
+        return Ok(Json::Array(Vec::new()));
+    }
+    let operations = context.storage().read_ours(
+        "SELECT at_ms, what, who, why, detail FROM _dormouse_operations ORDER BY number DESC",
+        &[],
+        |row| {
+            Ok(serde_json::json!({
+                "at_ms": row.get::<_, i64>(0)?,
+                "what": row.get::<_, String>(1)?,
+                "who": row.get::<_, String>(2)?,
+                "why": row.get::<_, String>(3)?,
+                "detail": row.get::<_, String>(4)?,
+            }))
+        },
+    )?;
+    Ok(Json::Array(operations))
+}
