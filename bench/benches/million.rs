@@ -99,6 +99,7 @@ fn open(dir: &Path) -> Logged {
         transaction_bytes_max: 128 << 20,
         clock: Arc::new(SystemClock),
         sync_time: Histogram::noop(),
+        archive: None,
     };
     Logged::open(setup, Arc::new(Notify::new())).expect("a log")
 }

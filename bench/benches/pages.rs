@@ -155,6 +155,7 @@ fn setup(dir: &Path, page_bytes: u32) -> Setup {
         transaction_bytes_max: 128 << 20,
         clock: Arc::new(SystemClock),
         sync_time: Histogram::noop(),
+        archive: None,
     }
 }
 

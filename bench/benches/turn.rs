@@ -154,6 +154,7 @@ fn setup(dir: &Path) -> Setup {
         transaction_bytes_max: 128 << 20,
         clock: Arc::new(SystemClock),
         sync_time: metrics::Histogram::noop(),
+        archive: None,
     }
 }
 

@@ -16,6 +16,9 @@ use ureq::{Agent, AsSendBody, Body};
 /// How long an answer may take to begin; a worker reads all of a database before it sends it.
 const ANSWER_MAX: Duration = Duration::from_secs(300);
 
+/// Bytes of an answer that is not saved in a file; rows of SQL take at most half of it.
+const ANSWER_BYTES_MAX: u64 = 64 << 20;
+
 /// Where to ask, and how to show the answer.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct AdminArgs {
@@ -170,7 +173,8 @@ impl Admin {
     pub(crate) fn ask(&self, method: Method, path: &str, body: &str) -> Result<Json, AdminError> {
         let mut answer = self.send(method, path, body)?;
         let url = format!("{}{path}", self.url);
-        let text = answer.body_mut().read_to_string();
+        let body = answer.body_mut().with_config().limit(ANSWER_BYTES_MAX);
+        let text = body.read_to_string();
         let text = text.map_err(|source| AdminError::Exchange {
             url: url.clone(),
             source,

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand, ValueEnum};
 use ops::process::{self, print_line};
+use protocol::Bookmark;
 use serde::Serialize;
 use serde_json::{Value as Json, json};
 use ureq::http::Method;
@@ -19,11 +20,15 @@ pub(crate) enum Command {
     /// Shows one object
     Show(OneArgs),
     /// Saves the database of an object as a SQLite file, while the object goes on
-    Export(FileArgs),
+    Export(ExportArgs),
     /// Makes a SQLite file the database of an object
     Import(ImportArgs),
     /// Copies an object to another name; the copy has no alarm
     Fork(ForkArgs),
+    /// Takes an object back to what it was at a bookmark or a time, also after it was deleted
+    Restore(RestoreArgs),
+    /// Prints the bookmark of now, to go back to
+    Bookmark(BookmarkArgs),
     /// Deletes all data of an object, its alarm included
     Delete(DeleteArgs),
     /// Takes an object out of memory, unless it is busy
@@ -82,6 +87,38 @@ pub(crate) struct FileArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct ExportArgs {
+    #[command(flatten)]
+    file: FileArgs,
+    /// As it was then: a bookmark, or a time (RFC 3339)
+    #[arg(long, value_name = "BOOKMARK|TIME", value_parser = show::parse_moment)]
+    at: Option<Bookmark>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    #[command(flatten)]
+    one: OneArgs,
+    /// A bookmark, or a time (RFC 3339)
+    #[arg(long, value_name = "BOOKMARK|TIME", value_parser = show::parse_moment)]
+    to: Bookmark,
+    /// Kept with the object
+    #[arg(long, default_value = "")]
+    who: String,
+    #[arg(long, default_value = "")]
+    why: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BookmarkArgs {
+    #[command(flatten)]
+    one: OneArgs,
+    /// Of this time (RFC 3339), if the object can be restored to it
+    #[arg(long, value_name = "TIME", value_parser = show::parse_moment)]
+    at: Option<Bookmark>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct ImportArgs {
     #[command(flatten)]
     file: FileArgs,
@@ -99,6 +136,9 @@ pub(crate) struct ForkArgs {
     one: OneArgs,
     /// Name of the copy, or id: followed by its id
     new: String,
+    /// As it was then: a bookmark, or a time (RFC 3339)
+    #[arg(long, value_name = "BOOKMARK|TIME", value_parser = show::parse_moment)]
+    at: Option<Bookmark>,
     /// Replace an object that exists
     #[arg(long)]
     replace: bool,
@@ -162,6 +202,8 @@ fn run(command: &Command) -> Result<(), AdminError> {
         Command::Export(args) => export(args),
         Command::Import(args) => import(args),
         Command::Fork(args) => fork(args),
+        Command::Restore(args) => restore(args),
+        Command::Bookmark(args) => bookmark(args),
         Command::Delete(args) => delete(args),
         Command::Sleep(args) => sleep(args),
     }
@@ -249,16 +291,53 @@ fn show_one(args: &OneArgs) -> Result<(), AdminError> {
     Ok(())
 }
 
-fn export(args: &FileArgs) -> Result<(), AdminError> {
-    let id = args.one.object.id()?;
-    let admin = Admin::new(&args.one.admin);
-    let bytes = admin.download(&format!("/objects/{id}/export"), &args.file)?;
-    if args.one.admin.json {
-        print_line(&json!({ "id": id.to_string(), "bytes": bytes }).to_string());
-    } else {
-        print_line(&format!("{} bytes in {}", bytes, args.file.display()));
-    }
+fn export(args: &ExportArgs) -> Result<(), AdminError> {
+    let FileArgs { one, file } = &args.file;
+    let id = one.object.id()?;
+    let path = with_parameters(&format!("/objects/{id}/export"), &At::new(args.at));
+    let bytes = Admin::new(&one.admin).download(&path, file)?;
+    let done = json!({ "id": id.to_string(), "bytes": bytes });
+    let said = format!("{bytes} bytes in {}", file.display());
+    print_done(&one.admin, &done, &said);
     Ok(())
+}
+
+fn restore(args: &RestoreArgs) -> Result<(), AdminError> {
+    let id = args.one.object.id()?;
+    let body = json!({ "bookmark": args.to.to_string(), "who": args.who, "why": args.why });
+    let admin = Admin::new(&args.one.admin);
+    let path = format!("/objects/{id}/restore");
+    let done = admin.ask(Method::POST, &path, &body.to_string())?;
+    let said = match done["changed"].as_bool() {
+        Some(false) => format!("{id} has not changed since"),
+        _ => format!(
+            "{id} restored; undo with --to {}",
+            show::text(&done["undo"])
+        ),
+    };
+    print_done(&args.one.admin, &done, &said);
+    Ok(())
+}
+
+fn bookmark(args: &BookmarkArgs) -> Result<(), AdminError> {
+    let id = args.one.object.id()?;
+    let path = with_parameters(&format!("/objects/{id}/bookmark"), &At::new(args.at));
+    let found = Admin::new(&args.one.admin).get(&path)?;
+    print_done(&args.one.admin, &found, &show::text(&found["bookmark"]));
+    Ok(())
+}
+
+/// A moment as a parameter.
+#[derive(Serialize)]
+struct At {
+    bookmark: Option<String>,
+}
+
+impl At {
+    fn new(at: Option<Bookmark>) -> Self {
+        let bookmark = at.map(|at| at.to_string());
+        Self { bookmark }
+    }
 }
 
 fn import(args: &ImportArgs) -> Result<(), AdminError> {
@@ -289,6 +368,7 @@ fn fork(args: &ForkArgs) -> Result<(), AdminError> {
         "to": to.to_string(),
         "name": name.as_ref().map(|name| name.as_str()),
         "replace": args.replace,
+        "bookmark": args.at.map(|at| at.to_string()),
     });
     let admin = Admin::new(&args.one.admin);
     let path = format!("/objects/{from}/fork");
@@ -301,7 +381,7 @@ fn delete(args: &DeleteArgs) -> Result<(), AdminError> {
     let id = args.one.object.id()?;
     if !args.yes {
         return Err(AdminError::Usage(format!(
-            "deleting {id} cannot be undone: say --yes if you mean it"
+            "deleting {id} takes all its data: say --yes if you mean it"
         )));
     }
     let done = Admin::new(&args.one.admin).ask(Method::DELETE, &format!("/objects/{id}"), "")?;

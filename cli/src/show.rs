@@ -2,6 +2,7 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
+use protocol::Bookmark;
 use serde_json::Value as Json;
 
 /// Columns with a head, as wide as they need to be.
@@ -43,6 +44,16 @@ pub(crate) fn parse_time(text: &str) -> Result<u64, String> {
         .map_err(|error| format!("{text:?} is no time such as 2026-11-21T12:00:00Z: {error}"))?;
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     Ok(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// A bookmark, or a time that stands for all that was committed in its millisecond and before.
+pub(crate) fn parse_moment(text: &str) -> Result<Bookmark, String> {
+    match text.parse() {
+        Ok(bookmark) => Ok(bookmark),
+        Err(_) => parse_time(text).map(Bookmark::at_time).map_err(|error| {
+            format!("{error}; and it is no bookmark, which is 12 hex digits, a hyphen and 16")
+        }),
+    }
 }
 
 pub(crate) fn bytes(bytes: &Json) -> String {

@@ -2,12 +2,13 @@
 //! operators ask of objects.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
-use http::{HeaderValue, Request, Response};
+use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN, WWW_AUTHENTICATE};
+use http::uri::Authority;
+use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -122,6 +123,12 @@ async fn answer(request: Request<Incoming>, token: Option<&str>, admin: &dyn Adm
         }
         _ => {}
     }
+    if token.is_none() && is_from_a_web_page(request.headers()) {
+        return refusal(&Problem::new(
+            ErrorCode::Forbidden,
+            "web pages of others may not ask this listener; with an admin token it would know its operator",
+        ));
+    }
     if let Some(token) = token
         && !bearer_matches(request.headers().get(AUTHORIZATION), token)
     {
@@ -150,6 +157,20 @@ async fn answer(request: Request<Incoming>, token: Option<&str>, admin: &dyn Adm
             "there is no page {path:?} here"
         ))),
     }
+}
+
+/// A browser says where a request comes from, or names a host that only a browser was made to believe is
+/// here (DNS rebinding). Tools do neither.
+fn is_from_a_web_page(headers: &HeaderMap) -> bool {
+    let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
+    let elsewhere = site.is_some_and(|site| site != b"none" && site != b"same-origin");
+    let host = headers.get(HOST).and_then(|host| host.to_str().ok());
+    let name = host.and_then(|host| host.parse::<Authority>().ok());
+    let foreign = name.is_some_and(|name| {
+        let name = name.host().trim_matches(['[', ']']);
+        name != "localhost" && name.parse::<IpAddr>().is_err()
+    });
+    headers.contains_key(ORIGIN) || elsewhere || foreign
 }
 
 /// Compares in a time that depends on the lengths alone.

@@ -4,7 +4,7 @@
 //! | request | goes to |
 //! |---------|---------|
 //! | `GET /objects`, `GET /alarms` | every worker; their pages are merged into one, `{"objects": […], "next"}` |
-//! | `POST /objects/{id}/fork` with `{"to", "name", "replace"}` | the owner of `{id}` for a copy, and the owner of `to` to take it |
+//! | `POST /objects/{id}/fork` with `{"to", "name", "replace", "bookmark" or "time_ms"}` | the owner of `{id}` for a copy, and the owner of `to` to take it |
 //! | anything else below `/objects/{id}` and `/alarms/{id}` | the owner |
 
 use std::cmp::Ordering;
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 
 use crate::admin::{Body, Page, full, json, refusal};
-use crate::exchange;
+use crate::exchange::{self, ExchangeError};
 use crate::logs::Causes;
 
 /// How long a worker may take to begin its answer.
@@ -73,6 +73,15 @@ struct Fork {
     name: Option<String>,
     #[serde(default)]
     replace: bool,
+    bookmark: Option<String>,
+    time_ms: Option<u64>,
+}
+
+/// What to copy, as the workers know it.
+#[derive(Serialize)]
+struct Export<'a> {
+    bookmark: Option<&'a str>,
+    time_ms: Option<u64>,
 }
 
 /// An id, as operators write it.
@@ -162,7 +171,11 @@ impl Front {
         let sent = exchange::send(address, self.token.as_ref(), request);
         match tokio::time::timeout(ANSWER_MAX, sent).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => Err(Problem::unavailable(Causes(&error).to_string())),
+            Ok(Err(error @ ExchangeError::Connect { .. })) => {
+                Err(Problem::unavailable(Causes(&error).to_string()))
+            }
+            // It may have run.
+            Ok(Err(error)) => Err(Problem::outcome_unknown(Causes(&error).to_string())),
             Err(_) => Err(Problem::new(
                 ErrorCode::TimedOut,
                 format!("worker {address} did not answer within {ANSWER_MAX:?}"),
@@ -241,7 +254,13 @@ impl Front {
                 "object {from} cannot be forked onto itself"
             )));
         }
-        let export = get(format!("/objects/{from}/export").parse().ok())?;
+        let wrong = |error: serde_urlencoded::ser::Error| Problem::bad_request(error.to_string());
+        let query = serde_urlencoded::to_string(Export {
+            bookmark: fork.bookmark.as_deref(),
+            time_ms: fork.time_ms,
+        });
+        let query = query.map_err(wrong)?;
+        let export = get(format!("/objects/{from}/export?{query}").parse().ok())?;
         let copy = self.ask(owner(ring, from)?, export).await?;
         if copy.status() != StatusCode::OK {
             return Ok(copy.map(BodyExt::boxed));
@@ -251,8 +270,7 @@ impl Front {
             replace: fork.replace,
             alarm: "drop",
         };
-        let query = serde_urlencoded::to_string(import)
-            .map_err(|error| Problem::bad_request(error.to_string()))?;
+        let query = serde_urlencoded::to_string(import).map_err(wrong)?;
         let import = Request::put(format!("/objects/{to}/import?{query}"))
             .body(copy.into_body())
             .map_err(|error| Problem::bad_request(error.to_string()))?;

@@ -14,7 +14,7 @@ pub mod problem;
 pub mod ring;
 pub mod trace;
 
-pub use epoch::{Epoch, LogPosition};
+pub use epoch::{Bookmark, Epoch, LogPosition};
 pub use error_code::ErrorCode;
 pub use ids::{ClassName, Colo, Home, ObjectId, ObjectName, ShardId};
 pub use problem::Problem;

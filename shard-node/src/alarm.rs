@@ -96,7 +96,8 @@ impl AlarmState {
     }
 }
 
-fn clip(text: &str) -> &str {
+/// The beginning of an error, as much as is kept.
+pub(crate) fn clip(text: &str) -> &str {
     let mut end = text.len().min(ERROR_BYTES_MAX);
     while !text.is_char_boundary(end) {
         end -= 1;

@@ -77,6 +77,9 @@ const POSTPONE_MAX: Duration = Duration::from_secs(30);
 /// An alarm that is due for this long and does not run is overdue.
 const OVERDUE_AFTER: Duration = Duration::from_secs(5);
 
+/// Overdue alarms are counted up to here: more are as bad.
+const OVERDUE_COUNTED: usize = 10_000;
+
 /// When alarms are due. One per worker, on its thread.
 pub struct Timers {
     inner: RefCell<Inner>,
@@ -91,13 +94,18 @@ struct Inner {
     due: BTreeSet<(u64, ObjectId)>,
     objects: HashMap<ObjectId, Timer, Xxh3DefaultBuilder>,
     running: usize,
+    postponed: usize,
 }
 
 /// The timer of one object.
 #[derive(Debug, Clone, Copy, Default)]
 struct Timer {
     next_ms: Option<u64>,
+    /// Where it stands in the queue: not before those that were due when it came.
+    queued_ms: u64,
     running: bool,
+    /// It was due, and could not run because of the platform.
+    postponed: bool,
 }
 
 /// Timers at one moment.
@@ -105,7 +113,7 @@ struct Timer {
 pub struct Standing {
     pub pending: usize,
     pub running: usize,
-    /// Due for longer than a moment, and not running.
+    /// Due for longer than a moment, or put off, and not running; up to ten thousand of the former.
     pub overdue: usize,
 }
 
@@ -137,22 +145,34 @@ impl Timers {
     pub fn set(&self, id: ObjectId, next_ms: Option<u64>) {
         let mut inner = self.inner.borrow_mut();
         let timer = inner.objects.entry(id).or_default();
-        let before = std::mem::replace(&mut timer.next_ms, next_ms);
-        let running = timer.running;
-        if running {
+        if timer.running {
+            timer.next_ms = next_ms;
             return;
         }
-        if let Some(before) = before {
-            inner.due.remove(&(before, id));
-        }
+        let before = *timer;
+        inner.due.remove(&(before.queued_ms, id));
+        inner.postponed -= usize::from(before.postponed);
         match next_ms {
             None => drop(inner.objects.remove(&id)),
-            Some(next) => {
-                inner.due.insert((next, id));
-                if inner.due.first() == Some(&(next, id)) {
-                    self.changed.notify_one();
-                }
-            }
+            Some(next) => self.queue(&mut inner, id, next, false),
+        }
+    }
+
+    /// Puts an object into the queue. One that sets its alarm into the past again and again waits for the
+    /// others, too.
+    fn queue(&self, inner: &mut Inner, id: ObjectId, next_ms: u64, postponed: bool) {
+        let queued_ms = next_ms.max(self.clock.unix_millis());
+        let timer = Timer {
+            next_ms: Some(next_ms),
+            queued_ms,
+            running: false,
+            postponed,
+        };
+        inner.objects.insert(id, timer);
+        inner.postponed += usize::from(postponed);
+        inner.due.insert((queued_ms, id));
+        if inner.due.first() == Some(&(queued_ms, id)) {
+            self.changed.notify_one();
         }
     }
 
@@ -175,21 +195,23 @@ impl Timers {
         inner.due.pop_first();
         inner.running += 1;
         let timer = Timer {
-            next_ms: None,
             running: true,
+            ..Timer::default()
         };
-        inner.objects.insert(id, timer);
+        let before = inner.objects.insert(id, timer).unwrap_or_default();
+        inner.postponed -= usize::from(before.postponed);
         Some(id)
     }
 
-    /// A handler is done. If it set no other time, and `again` says one, it runs then.
+    /// A handler is done, and runs again when it was set meanwhile; or it was put off until `again`, and
+    /// whatever was set meanwhile may not have been committed.
     fn done(&self, id: ObjectId, again: Option<u64>) {
         let mut inner = self.inner.borrow_mut();
         inner.running -= 1;
         let timer = inner.objects.remove(&id).unwrap_or_default();
-        drop(inner);
-        if let Some(next) = timer.next_ms.or(again) {
-            self.set(id, Some(next));
+        let next = timer.next_ms.into_iter().chain(again).min();
+        if let Some(next) = next {
+            self.queue(&mut inner, id, next, again.is_some());
         }
         self.changed.notify_one();
     }
@@ -208,11 +230,12 @@ impl Timers {
         let overdue = inner
             .due
             .iter()
+            .take(OVERDUE_COUNTED)
             .take_while(|(at, _)| at.saturating_add(patience) < now);
         Standing {
             pending: inner.due.len(),
             running: inner.running,
-            overdue: overdue.count(),
+            overdue: overdue.count() + inner.postponed,
         }
     }
 }
@@ -326,7 +349,7 @@ impl Runner {
             };
             metrics.alarm(&class, outcome);
             warn!(object = %context.id(), class = %class, error = problem.detail, outcome, "alarm handler failed");
-            context.storage().write_alarm(&after)?;
+            context.storage().write_alarm(&after, true)?;
             Ok(().into())
         }));
         self.host.deliver(&address, record).await.map(drop)
@@ -367,7 +390,9 @@ impl Runner {
         loop {
             self.compare(engine.noted_alarms(), first);
             for (home, shard) in &catalogs {
-                match engine.alarms(*home, *shard) {
+                // At first all of them; then those that should have run.
+                let before = if first { u64::MAX } else { self.now() };
+                match engine.alarms(*home, *shard, before) {
                     Ok(found) => self.compare(found, first),
                     Err(error) => {
                         warn!(%shard, %error, "the alarms of a shard could not be read; tried again");

@@ -305,17 +305,18 @@ impl Catalogs {
         })
     }
 
-    /// When the alarms of a shard run next, in any order.
+    /// When the alarms of a shard run next that are due before a time, in any order.
     pub(crate) fn alarms(
         &self,
         catalog: FileId,
+        before: u64,
         connect: Connect<'_>,
     ) -> rusqlite::Result<Vec<(FileId, u64)>> {
         self.read(catalog, connect, |opened| {
             opened
                 .connection
-                .prepare_cached("SELECT id, alarm_ms FROM objects WHERE alarm_ms IS NOT NULL")?
-                .query_map([], |row| {
+                .prepare_cached("SELECT id, alarm_ms FROM objects WHERE alarm_ms < ?1")?
+                .query_map([signed(before)], |row| {
                     let id: Vec<u8> = row.get(0)?;
                     Ok((FileId::from_slice(&id), unsigned(row.get(1)?)))
                 })?

@@ -14,8 +14,9 @@ use protocol::{Home, LogPosition, ShardId};
 use tokio::sync::Notify;
 use tracing::warn;
 
-use crate::commit_log::Log;
+use crate::archive::Archive;
 use crate::commit_log::record::FileId;
+use crate::commit_log::{Log, segment};
 use crate::disk::{Access, Disk, create_dirs, parent};
 use crate::storage::overlay::Capture;
 
@@ -35,8 +36,17 @@ pub(crate) struct Flush {
 /// What the thread is to do next.
 pub(crate) enum Job {
     Flush(Vec<Flush>),
-    /// Remove segments that end before the position.
-    Retire(LogPosition),
+    /// Remove segments that end before the position, to the archive if there is one. And the time.
+    Retire(LogPosition, u64),
+}
+
+/// What became of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Done {
+    Flushed,
+    Retired,
+    /// The archive does not work: the log keeps what it should take.
+    NotArchived,
 }
 
 /// Does jobs, one at a time, on a thread of its own. Clones share the place where jobs wait.
@@ -44,6 +54,8 @@ pub(crate) enum Job {
 pub(crate) struct Checkpointer(Arc<Shared>);
 
 struct Shared {
+    archive: Option<Archive>,
+    worker: u16,
     disk: Arc<dyn Disk>,
     log: Log,
     log_directory: PathBuf,
@@ -59,7 +71,7 @@ struct State {
     job: Option<Job>,
     /// A job was given and its result not yet taken.
     busy: bool,
-    done: Option<io::Result<()>>,
+    done: Option<io::Result<Done>>,
     closed: bool,
     names: Names,
 }
@@ -78,8 +90,12 @@ impl Checkpointer {
         log: Log,
         log_directory: PathBuf,
         progress: Arc<Notify>,
+        archive: Option<Archive>,
+        worker: u16,
     ) -> Self {
         Self(Arc::new(Shared {
+            archive,
+            worker,
             disk,
             log,
             log_directory,
@@ -108,7 +124,7 @@ impl Checkpointer {
     }
 
     /// The result of a job that is done; a batch fails as a whole.
-    pub(crate) fn take_done(&self) -> Option<io::Result<()>> {
+    pub(crate) fn take_done(&self) -> Option<io::Result<Done>> {
         let mut state = self.lock();
         let done = state.done.take();
         if done.is_some() {
@@ -162,6 +178,42 @@ impl Checkpointer {
         job.map(|job| self.perform(job)).is_some()
     }
 
+    /// Removes segments from the log, each durably before the next, so that no crash leaves a gap; and into
+    /// the archive before.
+    pub(crate) fn retire(&self, needed: LogPosition, now: u64) -> io::Result<Done> {
+        let Shared {
+            archive,
+            worker,
+            disk,
+            log,
+            log_directory,
+            ..
+        } = &*self.0;
+        while let Some((first, end)) = log.first_before(needed) {
+            let path = segment::path(log_directory, first.sequence);
+            if let Some(archive) = archive
+                && let Some(records) = segment::records(&**disk, &path, first, end)?
+                && let Err(error) = archive.put(*worker, first.start, &records)
+            {
+                warn!(error = %ops::Causes(&error), segment = %path.display(), "a segment could not be archived; the log keeps it");
+                return Ok(Done::NotArchived);
+            }
+            match disk.remove_file(&path) {
+                // The last try got that far.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => removed?,
+            }
+            disk.sync_dir(log_directory)?;
+            log.forget_first();
+            if let Some(archive) = archive
+                && let Err(error) = archive.prune(*worker, now)
+            {
+                warn!(error = %ops::Causes(&error), "the archive could not be pruned");
+            }
+        }
+        Ok(Done::Retired)
+    }
+
     fn perform(&self, job: Job) {
         let done = match job {
             Job::Flush(batch) => {
@@ -170,17 +222,9 @@ impl Checkpointer {
                 if done.is_ok() {
                     self.lock().names = names;
                 }
-                done
+                done.map(|()| Done::Flushed)
             }
-            Job::Retire(needed) => {
-                let Shared {
-                    disk,
-                    log,
-                    log_directory,
-                    ..
-                } = &*self.0;
-                log.retire(&**disk, log_directory, needed)
-            }
+            Job::Retire(needed, now) => self.retire(needed, now),
         };
         if let Err(error) = &done {
             warn!(%error, "a checkpoint failed; the log keeps what it could not write");

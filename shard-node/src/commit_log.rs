@@ -15,7 +15,7 @@ pub(crate) mod segment;
 
 use std::collections::VecDeque;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -76,15 +76,16 @@ struct Inner {
 }
 
 impl Inner {
-    /// The first segment, if no record in it counts that is at or after `needed`. Never the last one.
-    fn first_before(&self, needed: LogPosition) -> Option<Header> {
+    /// The first segment and where its records end, if none of them counts that is at or after `needed`.
+    /// Never the last one.
+    fn first_before(&self, needed: LogPosition) -> Option<(Header, LogPosition)> {
         let end = self
             .segments
             .iter()
             .skip(1)
             .map(|later| later.start)
             .min()?;
-        (end <= needed).then(|| self.segments[0])
+        (end <= needed).then(|| (self.segments[0], end))
     }
 }
 
@@ -255,26 +256,14 @@ impl Log {
         self.lock().segments.push_back(header);
     }
 
-    /// Removes the segments whose records are all before `needed`, each durably before the next, so that
-    /// no crash leaves a gap. Never the last segment.
-    pub(crate) fn retire(
-        &self,
-        disk: &dyn Disk,
-        directory: &Path,
-        needed: LogPosition,
-    ) -> io::Result<()> {
-        loop {
-            let Some(first) = self.lock().first_before(needed) else {
-                return Ok(());
-            };
-            match disk.remove_file(&segment::path(directory, first.sequence)) {
-                // The last try got that far.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                removed => removed?,
-            }
-            disk.sync_dir(directory)?;
-            self.lock().segments.pop_front();
-        }
+    /// The first segment and where its records end, if all of them are before `needed`. Never the last one.
+    pub(crate) fn first_before(&self, needed: LogPosition) -> Option<(Header, LogPosition)> {
+        self.lock().first_before(needed)
+    }
+
+    /// The first segment is no more.
+    pub(crate) fn forget_first(&self) {
+        self.lock().segments.pop_front();
     }
 
     /// Lets the writer end when all is written.

@@ -12,6 +12,7 @@ use protocol::{Colo, Ring, RingVersion, limits};
 use serde::{Deserialize, Serialize};
 
 use crate::alarms::AlarmsConfig;
+use crate::archive::ArchiveConfig;
 use crate::storage::{LogConfig, SqlConfig};
 
 /// Everything a node can be told. Every key has a default; `config/shard-node.toml` shows them all.
@@ -42,6 +43,7 @@ pub struct Config {
     pub sql: SqlConfig,
     pub log: LogConfig,
     pub alarms: AlarmsConfig,
+    pub archive: ArchiveConfig,
 }
 
 impl Default for Config {
@@ -62,6 +64,7 @@ impl Default for Config {
             sql: SqlConfig::default(),
             log: LogConfig::default(),
             alarms: AlarmsConfig::default(),
+            archive: ArchiveConfig::default(),
         }
     }
 }
@@ -162,7 +165,10 @@ impl Config {
             ));
         }
         let tables = self.sql.validate().and_then(|()| self.log.validate());
-        if let Err(reason) = tables.and_then(|()| self.alarms.validate()) {
+        if let Err(reason) = tables
+            .and_then(|()| self.alarms.validate())
+            .and_then(|()| self.archive.validate())
+        {
             return rule(reason);
         }
         ops::config::require_token_off_loopback(

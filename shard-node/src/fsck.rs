@@ -84,6 +84,9 @@ pub fn check(
     if engines.is_empty() {
         return Ok(summary);
     }
+    for file in engines.iter().flat_map(Logged::deleted) {
+        databases.remove(&file);
+    }
     let mut sizes: BTreeMap<FileId, (ShardId, u64)> = BTreeMap::new();
     for (file, shard) in &databases {
         let engine = &engines[owner.get(file).copied().unwrap_or(0)];
@@ -150,6 +153,7 @@ fn open(disk: &Arc<dyn Disk>, data_dir: &Path, worker: u16) -> Result<Logged, Op
         transaction_bytes_max: 0,
         clock: Arc::new(SystemClock),
         sync_time: metrics::Histogram::noop(),
+        archive: None,
     })
 }
 

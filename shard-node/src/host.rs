@@ -32,7 +32,7 @@ use crate::config::{MailboxConfig, ObjectsConfig};
 use crate::metrics::Metrics;
 use crate::object::mailbox::{Answer, Event, Letter, Mailbox, Reply};
 use crate::object::{Failure, Object, drop_class_code};
-use crate::storage::{Engine, Identity, SqlConfig, Storage, StorageError};
+use crate::storage::{Engine, Identity, NumberedAlarm, SqlConfig, Storage, StorageError};
 use crate::worker::or_abort;
 
 /// Turns of one object before the next object has its turn, and the time after which it has it anyway.
@@ -673,12 +673,24 @@ impl Host {
     /// Runs the alarm's handler if the alarm is due, and takes the alarm away with its success.
     fn begin_alarm(&self, object: &Object, firing: &Firing) -> Result<Turn<()>, ClassError> {
         let context = &object.context;
-        let alarm = context.storage().alarm()?;
+        let mut alarm = context.storage().alarm()?;
+        let is_due = |alarm: &NumberedAlarm| {
+            let pending = alarm.state.pending;
+            pending.is_some_and(|pending| pending.next_ms <= context.unix_millis())
+        };
+        let instance = if is_due(&alarm) {
+            let instance = object.instance()?;
+            // Its constructor may have set another.
+            alarm = context.storage().alarm()?;
+            Some(instance)
+        } else {
+            None
+        };
         let due = alarm
             .state
             .pending
             .filter(|pending| pending.next_ms <= context.unix_millis());
-        let Some(due) = due else {
+        let (Some(due), Some(instance)) = (due, instance) else {
             // It was changed, or never became durable.
             let next_ms = alarm.state.pending.map(|pending| pending.next_ms);
             self.timers.set(object.id(), next_ms);
@@ -687,7 +699,6 @@ impl Host {
         self.timers.count_begun(due.next_ms);
         firing.number.set(Some(alarm.number));
         context.begin_alarm(alarm.number);
-        let instance = object.instance()?;
         let info = AlarmInfo {
             scheduled_ms: due.scheduled_ms,
             retry_count: due.retries,

@@ -9,6 +9,7 @@
 
 pub mod alarm;
 pub mod alarms;
+pub mod archive;
 pub mod catalog;
 mod checkpoint;
 pub mod class;
@@ -19,6 +20,7 @@ pub mod config;
 pub mod data_dir;
 pub mod disk;
 pub mod fsck;
+pub mod history;
 pub mod host;
 pub mod metrics;
 pub mod node;

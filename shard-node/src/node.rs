@@ -19,6 +19,7 @@ use protocol::Ring;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use crate::archive::{Archive, ArchiveError};
 use crate::classes::Classes;
 use crate::clock::SystemClock;
 use crate::config::{Args, Config};
@@ -43,6 +44,8 @@ pub enum StartError {
     },
     #[error("the address {address:?} is not valid")]
     Address { address: String, source: io::Error },
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
     #[error("start worker {worker}")]
     Thread { worker: u16, source: io::Error },
     #[error("recover worker {worker}")]
@@ -90,6 +93,7 @@ impl Node {
             .iter()
             .map(|_| data_dir.disk())
             .collect::<Result<_, _>>()?;
+        let archive = Archive::open(&config.archive, data_dir.path())?;
         let mut recovering = Vec::new();
         let host = HostConfig {
             mailbox: config.mailbox.clone(),
@@ -119,6 +123,7 @@ impl Node {
                 registry: Arc::clone(&registry),
                 drain_max: config.drain_max,
                 disk,
+                archive: archive.clone(),
                 log: config.log.clone(),
                 orphans: std::mem::take(&mut orphans),
                 recovered,

@@ -10,7 +10,9 @@
 //! | `GET /objects/{id}` | what the catalog knows, whether it is awake, what operators did to it |
 //! | `DELETE /objects/{id}` | removes all its data, its alarm included |
 //! | `POST /objects/{id}/sleep` | `{"awake"}`: it leaves memory unless it is busy |
-//! | `GET /objects/{id}/export` | its database, as one plain SQLite file |
+//! | `GET /objects/{id}/export?bookmark|time_ms` | its database, as one plain SQLite file; as it was then, if given |
+//! | `GET /objects/{id}/bookmark?time_ms` | the bookmark of now, or of a time that can be gone back to |
+//! | `POST /objects/{id}/restore` | `{"bookmark" or "time_ms", "who", "why"}`: it becomes as it was; also after it was deleted |
 //! | `PUT /objects/{id}/import?name&replace&alarm` | the body becomes its database |
 //! | `POST /objects/{id}/sql` | `{"sql", "params", "write", "who", "why"}`: runs SQL, which only reads unless `write` |
 //! | `GET /alarms?state&class&from&below&after&limit` | a page of the objects with alarms |
@@ -19,6 +21,7 @@
 
 mod audit;
 mod copies;
+mod past;
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -63,6 +66,8 @@ pub(crate) struct Operator {
     pub(crate) catalogs: Vec<(Home, ShardId)>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) sql: Arc<SqlConfig>,
+    /// One import at a time: each holds its database in memory several times over.
+    pub(crate) importing: tokio::sync::Semaphore,
     /// Where files lie that are on their way out.
     pub(crate) spool: std::path::PathBuf,
 }
@@ -128,7 +133,17 @@ impl Operator {
                     ("objects", &Method::GET, []) => self.show(&object).await,
                     ("objects", &Method::DELETE, []) => self.delete(&object).await,
                     ("objects", &Method::POST, ["sleep"]) => Ok(self.sleep(&object)),
-                    ("objects", &Method::GET, ["export"]) => self.export(&object).await,
+                    ("objects", &Method::GET, ["export"]) => {
+                        let moment: past::Moment = parameters(&request)?;
+                        match moment.bookmark()? {
+                            None => self.export(&object).await,
+                            Some(at) => self.export_at(&object, at).await,
+                        }
+                    }
+                    ("objects", &Method::GET, ["bookmark"]) => {
+                        self.bookmark(&object, &request).await
+                    }
+                    ("objects", &Method::POST, ["restore"]) => self.restore(&object, request).await,
                     ("objects", &Method::PUT, ["import"]) => self.import(object, request).await,
                     ("objects", &Method::POST, ["sql"]) => self.sql(&object, request).await,
                     ("alarms", &Method::POST, ["fire"]) => self.fire(&object).await,
@@ -221,7 +236,8 @@ impl Operator {
             Some(AlarmsListed::Pending) => query.order = Order::Alarm,
             Some(AlarmsListed::Overdue) => {
                 query.order = Order::Alarm;
-                query.below = Some(self.clock.unix_millis());
+                let now = self.clock.unix_millis();
+                query.below = Some(query.below.map_or(now, |below| below.min(now)));
             }
             Some(AlarmsListed::Dead) => query.order = Order::Dead,
         }
@@ -296,6 +312,7 @@ impl Operator {
             .map_err(|error| ClassError::from(error).problem())?;
         self.host.timers().set(object.id, None);
         self.settled(object).await?;
+        self.host.sleep(object.id);
         Ok(answer(&json!({ "deleted": row })))
     }
 
@@ -314,13 +331,15 @@ impl Operator {
         }
         self.row(object).await?;
         let now = self.clock.unix_millis();
+        let undo = self.engine.bookmark();
         let rows = self.turn(object, move |context| {
             let storage = context.storage();
             if !body.write {
                 return storage.read_only(|| sql::run(storage, &body.sql, body.params));
             }
             let rows = sql::run(storage, &body.sql, body.params)?;
-            audit::note(context, now, "sql", &body.who, &body.why, &body.sql)?;
+            let detail = format!("{}, undo with {undo}", body.sql);
+            audit::note(context, now, "sql", &body.who, &body.why, &detail)?;
             Ok(rows)
         });
         Ok(answer(&rows.await?))
@@ -382,6 +401,7 @@ impl Operator {
         .await
     }
 
+    /// A handler that is under way hears of it if what is pending changes.
     async fn change_alarm(
         &self,
         object: &Address,
@@ -390,9 +410,11 @@ impl Operator {
         self.row(object).await?;
         let changed = self.turn(object, move |context| {
             let before = context.storage().alarm()?.state;
+            let pending = before.pending;
             let after = change(before)
                 .map_err(|why| ClassError::BadRequest(format!("object {} {why}", context.id())))?;
-            context.storage().write_alarm(&after)?;
+            let replaced = after.pending != pending;
+            context.storage().write_alarm(&after, replaced)?;
             Ok(json!(after))
         });
         Ok(answer(&changed.await?))
@@ -413,9 +435,12 @@ impl Operator {
 
     /// Returns when the last commit of an object is durable.
     async fn settled(&self, object: &Address) -> Result<(), Problem> {
-        self.turn(object, |_| Ok(Json::Null)).await?;
-        self.host.sleep(object.id);
-        Ok(())
+        let read = |context: &Context| {
+            // An answer waits for what was read, so something must be.
+            context.storage().alarm()?;
+            Ok(Json::Null)
+        };
+        self.turn(object, read).await.map(drop)
     }
 }
 

@@ -44,6 +44,7 @@ pub use plain_files::PlainFiles;
 pub use rusqlite::types::Value as SqlValue;
 pub use sql::Rows;
 
+pub(crate) use alarm::NumberedAlarm;
 pub(crate) use kv::successor;
 
 use crate::alarms::Timers;
@@ -99,7 +100,7 @@ impl StorageError {
     pub fn is_of_the_platform(&self) -> bool {
         matches!(
             self,
-            Self::DiskFull(_) | Self::LogFailed(_) | Self::Broken { .. } | Self::RolledBack
+            Self::DiskFull(_) | Self::LogFailed(_) | Self::Broken { .. }
         )
     }
 }

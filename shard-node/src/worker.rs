@@ -22,6 +22,7 @@ use tokio::task::{JoinSet, LocalSet};
 use tracing::{debug, error, info, warn};
 
 use crate::alarms::Runner;
+use crate::archive::Archive;
 use crate::classes::Classes;
 use crate::clock::Clock;
 use crate::commit_log::record::FileId;
@@ -50,6 +51,7 @@ pub(crate) struct Worker {
     pub(crate) host: HostConfig,
     pub(crate) data_dir: PathBuf,
     pub(crate) disk: Arc<dyn Disk>,
+    pub(crate) archive: Option<Archive>,
     pub(crate) log: LogConfig,
     pub(crate) token: Option<Arc<str>>,
     pub(crate) clock: Arc<dyn Clock>,
@@ -125,6 +127,7 @@ impl Worker {
             catalogs: catalogs.clone(),
             clock: Arc::clone(&self.clock),
             sql: Arc::clone(&self.host.sql),
+            importing: tokio::sync::Semaphore::new(1),
             spool: self.data_dir.join("spool"),
         };
         let server = Rc::new(Server {
@@ -222,6 +225,7 @@ impl Worker {
             transaction_bytes_max: self.host.sql.transaction_bytes_max,
             clock: Arc::clone(&self.clock),
             sync_time: metrics.log_sync_time.clone(),
+            archive: self.archive.clone(),
         }
     }
 }

@@ -12,7 +12,7 @@ use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
 use crate::fsck::fsck;
-use crate::support::{Process, agent, call, dormouse, gateway, node, node_at, request};
+use crate::support::{Process, agent, call, dormouse, eventually, gateway, node, node_at, request};
 
 const CLIENTS: u64 = 8;
 const OBJECTS: u32 = 1000;
@@ -254,4 +254,66 @@ fn insert(target: &Target, stop: &AtomicBool) -> Vec<i64> {
         }
     }
     acknowledged
+}
+
+/// Leases of messages run out at random times, and the alarms of their queues see to it, whatever dies.
+#[test]
+fn every_alarm_runs_through_kill_9() {
+    const QUEUES: u32 = 400;
+    const DEATHS: u32 = 12;
+    let seed: u64 = rand::rng().random();
+    println!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let dir = tempfile::tempdir().unwrap();
+    let mut process = Process::dev(dir.path());
+    thread::scope(|scope| {
+        for part in 0..4 {
+            let url = &process.url;
+            let mut random = StdRng::seed_from_u64(seed ^ u64::from(part));
+            scope.spawn(move || {
+                for queue in (part..QUEUES).step_by(4) {
+                    let queue = format!("Queue/q{queue}");
+                    call(
+                        url,
+                        &format!("{queue}/configure"),
+                        &json!([{ "maxAttempts": 1 }]),
+                    );
+                    call(url, &format!("{queue}/send"), &json!(["work"]));
+                    let visibility = json!([{ "visibilityMs": random.random_range(500..8000) }]);
+                    let leased = call(url, &format!("{queue}/receive"), &visibility);
+                    assert_eq!(leased.as_array().unwrap().len(), 1);
+                }
+            });
+        }
+    });
+    let (_never, pause) = mpsc::sync_channel::<()>(1);
+    for _ in 0..DEATHS {
+        let life = Duration::from_millis(random.random_range(50..700));
+        pause.recv_timeout(life).unwrap_err();
+        process.kill();
+        process = Process::dev(dir.path());
+    }
+    eventually("no alarm is left", || {
+        let url = format!("{}/alarms", process.admin);
+        let (status, body) = request(&agent(), "GET", &url, "").unwrap();
+        assert_eq!(status, 200, "{body}");
+        let listed: Value = serde_json::from_str(&body).unwrap();
+        listed["objects"].as_array().unwrap().is_empty()
+    });
+    for queue in 0..QUEUES {
+        let stats = call(&process.url, &format!("Queue/q{queue}/stats"), &json!([]));
+        let want = json!({ "ready": 0, "delayed": 0, "leased": 0, "dead": 1 });
+        assert_eq!(stats, want, "queue {queue}");
+    }
+    let (_, dead) = request(
+        &agent(),
+        "GET",
+        &format!("{}/alarms?state=dead", process.admin),
+        "",
+    )
+    .unwrap();
+    assert!(dead.contains("\"objects\":[]"), "{dead}");
+    process.signal("TERM");
+    assert!(process.wait().success());
+    fsck(dir.path(), true);
 }

@@ -388,16 +388,17 @@ fn sql_of_operators_reads_unless_told_otherwise_and_is_kept() {
     );
     let kept = &admin.json(&["objects", "show", "Sql", "a"])["operations"][0];
     assert_eq!(
-        (
-            kept["who"].clone(),
-            kept["why"].clone(),
-            kept["detail"].clone()
-        ),
-        (
-            json!("ada"),
-            json!("ticket 7"),
-            json!("DELETE FROM t WHERE n = ?")
-        )
+        (kept["who"].clone(), kept["why"].clone()),
+        (json!("ada"), json!("ticket 7"))
+    );
+    let detail = kept["detail"].as_str().unwrap();
+    let undo = detail
+        .strip_prefix("DELETE FROM t WHERE n = ?, undo with ")
+        .unwrap();
+    admin.run(&["objects", "restore", "Sql", "a", "--to", undo]);
+    assert_eq!(
+        cluster.call("Sql/a/exec", json!(["SELECT n FROM t"]))["rows"],
+        json!([[1], [2]])
     );
     assert!(
         admin
@@ -405,6 +406,109 @@ fn sql_of_operators_reads_unless_told_otherwise_and_is_kept() {
             .contains("sql by ada: ticket 7")
     );
     cluster.stop();
+}
+
+#[test]
+fn objects_go_back_in_time_and_forward_again_while_others_serve() {
+    let cluster = Cluster::start();
+    let admin = cluster.admin();
+    const OBJECTS: usize = 20;
+    let name = |object: usize| format!("Counter/r-{object}");
+    let mut moments: Vec<String> = Vec::new();
+    for round in 1..=5 {
+        for object in 0..OBJECTS {
+            let by = json!([round]);
+            cluster.call(&format!("{}/increment", name(object)), by);
+        }
+        let at = admin.run(&["objects", "bookmark", "Counter", "r-0"]);
+        moments.push(at.trim().to_owned());
+    }
+    let mut sorted = moments.clone();
+    sorted.sort();
+    assert_eq!(sorted, moments, "bookmarks are in order");
+    let value = |object: usize| cluster.call(&format!("{}/value", name(object)), json!([]));
+    thread::scope(|scope| {
+        let others = scope.spawn(|| {
+            (0..200).all(|number| cluster.call("Counter/busy/increment", json!([])) == number + 1)
+        });
+        for object in 0..OBJECTS {
+            // Each worker has bookmarks of its own; a time is the same for all.
+            let round = object % 5;
+            let millis = u64::from_str_radix(&moments[round][..12], 16).unwrap();
+            let to = format!("{millis:012x}-ffffffffffffffff");
+            let object_name = format!("r-{object}");
+            let done = admin.json(&["objects", "restore", "Counter", &object_name, "--to", &to]);
+            let want: usize = (1..=round + 1).sum();
+            assert_eq!(value(object), want, "object {object} at {to}: {done}");
+            let undo = done["undo"].as_str().unwrap();
+            admin.run(&["objects", "restore", "Counter", &object_name, "--to", undo]);
+            assert_eq!(value(object), 15, "object {object} after the undo");
+        }
+        assert!(others.join().unwrap());
+    });
+    let bad = ["objects", "restore", "Counter", "r-0", "--to"];
+    let refused = |to: &str, want: &str| admin.refused(&[&bad[..], &[to]].concat(), want);
+    refused("2000-01-01T00:00:00Z", "the object did not exist at");
+    refused("2090-01-01T00:00:00Z", "has not come yet");
+    refused("yesterday", "is no time such as");
+    admin.refused(
+        &[
+            "objects",
+            "restore",
+            "Counter",
+            "nobody",
+            "--to",
+            &moments[0],
+        ],
+        "did not exist",
+    );
+    // After a clean stop all of it is in the archive, which then loses a part.
+    let Cluster {
+        dir,
+        node: first,
+        gateway: front,
+    } = cluster;
+    front.kill();
+    first.signal("TERM");
+    assert!(first.wait().success());
+    let data = dir.path().join("data");
+    let again = Process::start(&mut node(&data, "2"));
+    let front = Process::start(&mut gateway(&again));
+    let admin = Admin {
+        process: &front,
+        token: None,
+    };
+    let millis = &moments[2][..12];
+    let to = format!("{millis}-ffffffffffffffff");
+    let restore = |name: &str| admin.json(&["objects", "restore", "Counter", name, "--to", &to]);
+    restore("r-3");
+    assert_eq!(call(&front.url, "Counter/r-3/value", &json!([])), 6);
+    let packs = || {
+        let workers = std::fs::read_dir(data.join("archive")).unwrap();
+        let packs = workers.flat_map(|worker| std::fs::read_dir(worker.unwrap().path()).unwrap());
+        packs.map(|pack| pack.unwrap().path()).collect::<Vec<_>>()
+    };
+    assert!(packs().len() >= 2);
+    for pack in packs() {
+        let mut bytes = std::fs::read(&pack).unwrap();
+        let last = bytes.len() - 200;
+        for byte in &mut bytes[90..last] {
+            *byte ^= 0x55;
+        }
+        std::fs::write(&pack, bytes).unwrap();
+    }
+    let damaged = ["objects", "restore", "Counter", "r-4", "--to", &to];
+    admin.refused(&damaged, "in the archive is damaged");
+    assert_eq!(
+        call(&front.url, "Counter/r-4/value", &json!([])),
+        15,
+        "nothing was touched"
+    );
+    for pack in packs() {
+        std::fs::remove_file(pack).unwrap();
+    }
+    admin.refused(&damaged, "is out of the window");
+    assert_eq!(call(&front.url, "Counter/r-4/value", &json!([])), 15);
 }
 
 #[test]

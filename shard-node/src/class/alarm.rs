@@ -76,7 +76,7 @@ impl Context {
         }
         let pending = at.map(first_try);
         let state = AlarmState { pending, ..state };
-        Ok(self.0.storage.write_alarm(&state)?)
+        Ok(self.0.storage.write_alarm(&state, true)?)
     }
 
     /// The handler of alarm `number` begins.
@@ -96,6 +96,11 @@ impl Context {
         let _leave = Leave(self);
         self.0.in_alarm.set(true);
         f()
+    }
+
+    /// Whether what runs now is a stretch of the alarm's handler.
+    pub(crate) fn is_in_alarm(&self) -> bool {
+        self.0.in_alarm.get()
     }
 
     /// The handler failed, or was given up: what it made of the alarm counts no more.
@@ -122,7 +127,8 @@ impl Context {
             return Ok(());
         }
         let dead = alarm.state.dead;
-        self.0.storage.write_alarm(&AlarmState { pending, dead })
+        let state = AlarmState { pending, dead };
+        self.0.storage.write_alarm(&state, true)
     }
 }
 

@@ -31,20 +31,24 @@
 //! | 76 | 4 | pages that changed |
 //! | 80 | … | if flag 1: class, name (each 2 bytes of length and UTF-8; an empty name is none) |
 //! | … | … | if flag 2: the alarm from here on |
+//! | … | 16 | if flag 4: time and position since which the database was as this says |
 //! | … | … | the changed pages |
 //!
 //! and a changed page is its number (4 bytes, counted from 1), the CRC32C that its contents have after
 //! the commit (4 bytes), and the number of changed ranges (2 bytes). Each range is its offset in
 //! the page, its length (2 bytes each) and its bytes. No ranges at all: the whole page follows.
 //!
+//! Flag 4 is a *base*: it changes nothing, but has all pages, for whoever wants to know the database at an
+//! earlier time. Flag 8: before this commit the database had no pages.
+//!
 //! An alarm is one byte, the sum of 1 if one is pending and 2 if there is a dead letter. Pending: when it
 //! was to run and when it runs next (8 bytes each, milliseconds since 1970), and its retries (4 bytes).
 //! Dead letter: when it was to run, when it failed (8 bytes each), and the error (2 bytes of length and
 //! UTF-8).
 
-use protocol::{ClassName, Epoch, Home, LogPosition, ObjectId, ObjectName, ShardId};
+use protocol::{Bookmark, ClassName, Epoch, Home, LogPosition, ObjectId, ObjectName, ShardId};
 
-use crate::alarm::{AlarmState, DeadLetter, Pending};
+use crate::alarm::{AlarmState, DeadLetter, Pending, clip};
 
 /// Version of this format, in the header of every segment.
 pub const VERSION: u32 = 1;
@@ -72,6 +76,12 @@ const FLAG_IDENTITY: u8 = 1;
 
 /// Flag of a commit: it changed the alarm.
 const FLAG_ALARM: u8 = 2;
+
+/// Flags of a commit: it is a base; there was nothing before it.
+const FLAG_BASE: u8 = 4;
+const FLAG_FROM_EMPTY: u8 = 8;
+
+const FLAGS: u8 = FLAG_IDENTITY | FLAG_ALARM | FLAG_BASE | FLAG_FROM_EMPTY;
 
 const ALARM_PENDING: u8 = 1;
 const ALARM_DEAD: u8 = 2;
@@ -164,6 +174,17 @@ pub struct Named {
     pub name: Option<ObjectName>,
 }
 
+/// What a commit may say besides its pages.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Told<'a> {
+    pub(crate) named: Option<&'a Named>,
+    pub(crate) alarm: Option<&'a AlarmState>,
+    /// It is a base: the database was so since then.
+    pub(crate) base: Option<Bookmark>,
+    /// Before it the database had no pages.
+    pub(crate) from_empty: bool,
+}
+
 /// Writes one commit to the end of a buffer. Its prefix is completed by [`seal`].
 pub(crate) struct CommitWriter<'b> {
     buffer: &'b mut Vec<u8>,
@@ -172,17 +193,17 @@ pub(crate) struct CommitWriter<'b> {
 }
 
 impl<'b> CommitWriter<'b> {
-    pub(crate) fn begin(
-        buffer: &'b mut Vec<u8>,
-        head: &CommitHead,
-        named: Option<&Named>,
-        alarm: Option<&AlarmState>,
-    ) -> Self {
+    pub(crate) fn begin(buffer: &'b mut Vec<u8>, head: &CommitHead, told: &Told<'_>) -> Self {
         let begin = buffer.len();
         buffer.extend_from_slice(&[0; 8]);
         buffer.push(KIND_COMMIT);
-        let identity = if named.is_some() { FLAG_IDENTITY } else { 0 };
-        buffer.push(identity | if alarm.is_some() { FLAG_ALARM } else { 0 });
+        let flag = |is: bool, flag| if is { flag } else { 0 };
+        buffer.push(
+            flag(told.named.is_some(), FLAG_IDENTITY)
+                | flag(told.alarm.is_some(), FLAG_ALARM)
+                | flag(told.base.is_some(), FLAG_BASE)
+                | flag(told.from_empty, FLAG_FROM_EMPTY),
+        );
         buffer.extend_from_slice(&head.shard.0.to_le_bytes());
         buffer.extend_from_slice(&head.epoch.0.get().to_le_bytes());
         buffer.extend_from_slice(&head.unix_millis.to_le_bytes());
@@ -191,14 +212,18 @@ impl<'b> CommitWriter<'b> {
         buffer.extend_from_slice(&head.page_bytes.to_le_bytes());
         buffer.extend_from_slice(&head.pages.to_le_bytes());
         buffer.extend_from_slice(&[0; 4]);
-        if let Some(named) = named {
+        if let Some(named) = told.named {
             let name = named.name.as_ref().map_or("", ObjectName::as_str);
             for text in [named.class.as_str(), name] {
                 put_text(buffer, text);
             }
         }
-        if let Some(alarm) = alarm {
+        if let Some(alarm) = told.alarm {
             put_alarm(buffer, alarm);
+        }
+        if let Some(since) = told.base {
+            buffer.extend_from_slice(&since.unix_millis.to_le_bytes());
+            buffer.extend_from_slice(&since.position.0.to_le_bytes());
         }
         Self {
             buffer,
@@ -289,7 +314,7 @@ fn put_alarm(buffer: &mut Vec<u8>, alarm: &AlarmState) {
     if let Some(dead) = &alarm.dead {
         buffer.extend_from_slice(&dead.scheduled_ms.to_le_bytes());
         buffer.extend_from_slice(&dead.failed_ms.to_le_bytes());
-        put_text(buffer, &dead.error);
+        put_text(buffer, clip(&dead.error));
     }
 }
 
@@ -352,6 +377,10 @@ fn checksum(position: LogPosition, bytes: &[u8]) -> u32 {
 
 /// A record as it was read.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "most are commits, and each lives for a moment on the stack"
+)]
 pub(crate) enum Record<'a> {
     Group { durable: LogPosition },
     Commit(Commit<'a>),
@@ -363,6 +392,10 @@ pub(crate) struct Commit<'a> {
     pub(crate) head: CommitHead,
     pub(crate) named: Option<Named>,
     pub(crate) alarm: Option<AlarmState>,
+    pub(crate) base: Option<Bookmark>,
+    pub(crate) from_empty: bool,
+    /// All of it, as it is in the log.
+    pub(crate) raw: &'a [u8],
     changed: u32,
     pages: &'a [u8],
 }
@@ -443,7 +476,7 @@ pub(crate) fn read(bytes: &[u8], position: LogPosition) -> Result<(Record<'_>, u
 }
 
 fn parse_commit(record: &[u8]) -> Option<Commit<'_>> {
-    if record.len() < COMMIT_BYTES || record[9] & !(FLAG_IDENTITY | FLAG_ALARM) != 0 {
+    if record.len() < COMMIT_BYTES || record[9] & !FLAGS != 0 {
         return None;
     }
     let head = CommitHead {
@@ -474,10 +507,21 @@ fn parse_commit(record: &[u8]) -> Option<Commit<'_>> {
     } else {
         None
     };
+    let base = if record[9] & FLAG_BASE != 0 {
+        Some(Bookmark {
+            unix_millis: u64::from_le_bytes(take(&mut rest)?),
+            position: LogPosition(u64::from_le_bytes(take(&mut rest)?)),
+        })
+    } else {
+        None
+    };
     let commit = Commit {
         head,
         named,
         alarm,
+        base,
+        from_empty: record[9] & FLAG_FROM_EMPTY != 0,
+        raw: record,
         changed: u32_at(record, 76),
         pages: rest,
     };

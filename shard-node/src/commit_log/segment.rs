@@ -96,6 +96,28 @@ pub(crate) fn sequence_of(path: &Path) -> Option<u64> {
     u64::from_str_radix(name, 16).ok()
 }
 
+/// The records of a segment that end at `end`; `None` if the file is gone, or all of it is void.
+pub(crate) fn records(
+    disk: &dyn Disk,
+    path: &Path,
+    header: Header,
+    end: LogPosition,
+) -> io::Result<Option<Vec<u8>>> {
+    let Some(bytes) = end.0.checked_sub(header.start.0).filter(|bytes| *bytes > 0) else {
+        return Ok(None);
+    };
+    let file = match disk.open(path, Access::Read) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file?,
+    };
+    let mut records = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
+    let read = file.read_at(&mut records, HEADER_BYTES as u64)?;
+    if read < records.len() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(Some(records))
+}
+
 /// The segment that is written.
 pub(crate) struct Segment {
     file: Box<dyn DiskFile>,

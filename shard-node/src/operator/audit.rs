@@ -65,3 +65,16 @@ pub(super) fn list(context: &Context) -> Result<Json, ClassError> {
     )?;
     Ok(Json::Array(operations))
 }
+
+/// Notes again what was done before, the latest first: the database may be another, which knows less.
+pub(super) fn keep(context: &Context, operations: &Json) -> Result<(), StorageError> {
+    let storage = context.storage();
+    storage.write_ours("DROP TABLE IF EXISTS _dormouse_operations", &[])?;
+    for operation in operations.as_array().into_iter().flatten().rev() {
+        let text = |field: &str| operation[field].as_str().unwrap_or_default();
+        let at_ms = operation["at_ms"].as_u64().unwrap_or(0);
+        let (what, who) = (text("what"), text("who"));
+        note(context, at_ms, what, who, text("why"), text("detail"))?;
+    }
+    Ok(())
+}

@@ -24,7 +24,7 @@ use crate::storage::logged::Snapshot;
 use crate::storage::{Engine, Identity};
 
 /// Media type of a SQLite file (<https://www.iana.org/assignments/media-types/application/vnd.sqlite3>).
-const MEDIA_TYPE: &str = "application/vnd.sqlite3";
+pub(super) const MEDIA_TYPE: &str = "application/vnd.sqlite3";
 
 /// Bytes that are copied at once: other objects wait for some tenths of a millisecond.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -124,11 +124,9 @@ impl Operator {
             .transaction_bytes_max
             .min(self.sql.database_bytes_max);
         let bytes_max = usize::try_from(bytes_max).unwrap_or(usize::MAX);
+        let _permit = self.importing.acquire().await;
         let body = request.into_body().read(bytes_max).await;
-        let body = body.map_err(|error| Problem {
-            remote: false,
-            ..error.problem()
-        })?;
+        let body = body.map_err(|error| too_large(&error, bytes_max))?;
         let known_name = known.and_then(|row| row.name?.parse().ok());
         let identity = Identity {
             id: object.id,
@@ -156,6 +154,7 @@ impl Operator {
             .map_err(|error| ClassError::from(error).problem())?;
         self.host.timers().set(object.id, next_ms);
         self.settled(&object).await?;
+        self.host.sleep(object.id);
         Ok(answer(
             &json!({ "id": object.id.to_string(), "bytes": image.bytes().len() }),
         ))
@@ -200,7 +199,7 @@ fn joined<T>(result: Result<io::Result<T>, tokio::task::JoinError>) -> io::Resul
     result.map_err(io::Error::other)?
 }
 
-fn unreadable(error: &dyn std::error::Error) -> Problem {
+pub(super) fn unreadable(error: &dyn std::error::Error) -> Problem {
     Problem::new(
         ErrorCode::Internal,
         format!("the database cannot be read: {error}"),
@@ -214,6 +213,21 @@ fn no_spool(error: &io::Error) -> Problem {
     )
 }
 
-fn bad_image(error: &ImageError) -> Problem {
+fn too_large(error: &ClassError, bytes_max: usize) -> Problem {
+    let problem = Problem {
+        remote: false,
+        ..error.problem()
+    };
+    if problem.code != ErrorCode::PayloadTooLarge {
+        return problem;
+    }
+    let rule = format!(
+        "{}: an import is one transaction, of at most sql.transaction_bytes_max and sql.database_bytes_max, here {bytes_max}",
+        problem.detail
+    );
+    Problem::new(problem.code, rule)
+}
+
+pub(super) fn bad_image(error: &ImageError) -> Problem {
     Problem::bad_request(ops::Causes(error).to_string())
 }

@@ -36,15 +36,20 @@ impl Storage {
         self.reading(stored_alarm)
     }
 
-    /// Changes the alarm, in the transaction of this turn. The commit tells whoever must know.
-    pub(crate) fn write_alarm(&self, state: &AlarmState) -> Result<(), StorageError> {
+    /// Changes the alarm, in the transaction of this turn. The commit tells whoever must know. `replaced`:
+    /// what is pending is another alarm than before.
+    pub(crate) fn write_alarm(
+        &self,
+        state: &AlarmState,
+        replaced: bool,
+    ) -> Result<(), StorageError> {
         let (pending, dead) = (state.pending, state.dead.as_ref());
         self.writing(|connection| {
             prepare_ours(connection, TABLE)?.raw_execute()?;
             prepare_ours(
                 connection,
                 "INSERT INTO _dormouse_alarm VALUES (1, 1, ?1, ?2, ?3, ?4, ?5, ?6) \
-                 ON CONFLICT DO UPDATE SET number = number + 1, scheduled_ms = ?1, next_ms = ?2, \
+                 ON CONFLICT DO UPDATE SET number = number + ?7, scheduled_ms = ?1, next_ms = ?2, \
                  retries = ?3, dead_scheduled_ms = ?4, dead_ms = ?5, dead_error = ?6",
             )?
             .execute(params![
@@ -54,6 +59,7 @@ impl Storage {
                 dead.map(|dead| signed(dead.scheduled_ms)),
                 dead.map(|dead| signed(dead.failed_ms)),
                 dead.map(|dead| dead.error.as_str()),
+                replaced,
             ])
             .map(drop)
         })?;

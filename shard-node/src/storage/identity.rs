@@ -1,7 +1,7 @@
 //! Who an object is, as its database records it, for tools that find the file.
 
 use protocol::{ClassName, ObjectId, ObjectName, ShardId};
-use rusqlite::Connection;
+use rusqlite::{Connection, OptionalExtension};
 
 use super::engine::prepare_ours;
 
@@ -31,4 +31,17 @@ pub(super) fn put_identity(connection: &Connection, object: &Identity) -> rusqli
         put.execute(["name", name.as_str()])?;
     }
     Ok(())
+}
+
+/// The name that a database has for its object; it may have no identity at all.
+pub(super) fn stored_name(connection: &Connection) -> rusqlite::Result<Option<ObjectName>> {
+    let exists = "SELECT 1 FROM sqlite_schema WHERE name = '_dormouse_meta'";
+    if !prepare_ours(connection, exists)?.exists([])? {
+        return Ok(None);
+    }
+    let name = "SELECT value FROM _dormouse_meta WHERE key = 'name'";
+    let found: Option<String> = prepare_ours(connection, name)?
+        .query_row([], |row| row.get(0))
+        .optional()?;
+    Ok(found.and_then(|name| name.parse().ok()))
 }

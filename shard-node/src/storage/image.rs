@@ -1,12 +1,13 @@
 //! A database as the bytes of one SQLite file, on its way in or out of an object.
 
+use protocol::{ObjectId, ObjectName};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::Identity;
 use super::alarm::{TABLE as ALARM_TABLE, stored_alarm};
 use super::engine::prepare_ours;
-use super::identity::put_identity;
-use crate::alarm::AlarmState;
+use super::identity::{put_identity, stored_name};
+use crate::alarm::{ALARM_MILLIS_MAX, AlarmState};
 
 /// What every database begins with (<https://www.sqlite.org/fileformat.html#the_database_header>).
 const MAGIC: &[u8; 16] = b"SQLite format 3\0";
@@ -23,6 +24,7 @@ const JOURNAL_VERSIONS: std::ops::Range<usize> = 18..20;
 pub struct Image {
     page_bytes: usize,
     bytes: Vec<u8>,
+    name: Option<ObjectName>,
 }
 
 /// Why bytes are no database that an object can have.
@@ -72,20 +74,42 @@ impl Image {
         connection.pragma_update(None, "trusted_schema", false)?;
         check_integrity(&connection)?;
         connection.execute_batch("BEGIN")?;
-        // It may be another object's, which has a name and this one none.
+        // It may be another object's: only what leads to this one may stay.
+        let kept = stored_name(&connection)?;
+        let leads_here =
+            |name: &ObjectName| ObjectId::named(&object.class, object.id.home(), name) == object.id;
+        let name = object.name.clone().or(kept.filter(leads_here));
         connection.execute_batch("DROP TABLE IF EXISTS _dormouse_meta")?;
-        put_identity(&connection, object)?;
+        let identity = Identity {
+            name: name.clone(),
+            ..object.clone()
+        };
+        put_identity(&connection, &identity)?;
         let alarm = match keep_alarm {
             KeepAlarm::Yes => stored_alarm(&connection)?.state,
             KeepAlarm::No => {
                 prepare_ours(&connection, ALARM_TABLE)?.raw_execute()?;
                 prepare_ours(&connection, "DELETE FROM _dormouse_alarm")?.execute([])?;
+                disarm_schedules(&connection)?;
                 AlarmState::default()
             }
         };
+        let times = alarm
+            .pending
+            .map(|pending| pending.next_ms.max(pending.scheduled_ms));
+        if let Some(time) = times.filter(|time| *time > ALARM_MILLIS_MAX) {
+            return Err(ImageError::Damaged(format!(
+                "its alarm at {time} ms is beyond the year 9999"
+            )));
+        }
         connection.execute_batch("COMMIT")?;
         let bytes = connection.serialize("main")?.to_vec();
-        Ok((Self { page_bytes, bytes }, alarm))
+        let image = Self {
+            page_bytes,
+            bytes,
+            name,
+        };
+        Ok((image, alarm))
     }
 
     pub fn page_bytes(&self) -> usize {
@@ -96,9 +120,24 @@ impl Image {
         self.bytes.chunks_exact(self.page_bytes)
     }
 
+    /// The object's name, as the database has it.
+    pub fn name(&self) -> Option<&ObjectName> {
+        self.name.as_ref()
+    }
+
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
+}
+
+/// Schedules of a copy stay to be seen, and run when somebody says so.
+fn disarm_schedules(connection: &Connection) -> rusqlite::Result<()> {
+    let exists = "SELECT 1 FROM sqlite_schema WHERE name = '_dormouse_schedules'";
+    if prepare_ours(connection, exists)?.exists([])? {
+        let disarm = "UPDATE _dormouse_schedules SET next_ms = NULL, error = 'this is a copy'";
+        prepare_ours(connection, disarm)?.execute([])?;
+    }
+    Ok(())
 }
 
 /// The size of the pages of a database, if these bytes are one.

@@ -25,7 +25,7 @@ use std::task::Waker;
 use std::thread::JoinHandle;
 
 use metrics::Histogram;
-use protocol::{Home, LogPosition, ObjectId, ShardId};
+use protocol::{Bookmark, Home, LogPosition, ObjectId, ShardId};
 use rusqlite::Connection;
 use tokio::sync::Notify;
 use tracing::info;
@@ -34,6 +34,7 @@ use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 use super::overlay::Capture;
 use super::vfs::{self, DatabaseFile};
 use super::{LogConfig, Opened};
+use crate::archive::Archive;
 use crate::catalog::{Catalogs, Note, Query, Row};
 use crate::checkpoint::{Checkpointer, Flush};
 use crate::clock::Clock;
@@ -51,6 +52,10 @@ pub use whole::Snapshot;
 /// takes 33 KiB less and a small commit a fifth less time; a scan takes 40 % more.
 pub const PAGE_BYTES: u32 = 1024;
 
+/// How much later than its file says a database may have changed: a loss of power may forget the time of a
+/// write that was synced.
+const MODIFIED_SLACK_MS: u64 = 60_000;
+
 /// What an engine is made of.
 pub struct Setup {
     pub disk: Arc<dyn Disk>,
@@ -64,6 +69,8 @@ pub struct Setup {
     pub clock: Arc<dyn Clock>,
     /// Gets the seconds of every write and sync of the log.
     pub sync_time: Histogram,
+    /// Gets what leaves the log.
+    pub archive: Option<Archive>,
 }
 
 /// Why an engine did not start.
@@ -110,6 +117,9 @@ struct Inner {
     writer_first: Cell<bool>,
     /// Ticks before the next try, after a checkpoint failed.
     pause: Cell<u32>,
+    /// The same, after the archive did.
+    archive_pause: Cell<u32>,
+    archive: Option<Archive>,
     runner: RefCell<Runner>,
     worker: u16,
     config: LogConfig,
@@ -171,6 +181,7 @@ impl Logged {
             transaction_bytes_max,
             clock,
             sync_time,
+            archive,
         } = setup;
         let log_directory = log_directory(&data_dir, worker);
         let mut recovery = Recovery::default();
@@ -196,13 +207,20 @@ impl Logged {
             log.clone(),
             log_directory.clone(),
             Arc::clone(&progress),
+            archive.clone(),
+            worker,
         );
         let core = Rc::new(Core {
             disk,
             shards: data_dir.join("shards"),
             log_directory,
             log,
+            latest_ms: Cell::new(clock.unix_millis()),
             clock,
+            base_bytes_max: archive
+                .as_ref()
+                .map_or(0, |archive| archive.config().base_bytes_max),
+            based: RefCell::default(),
             page_bytes,
             transaction_bytes_max,
             dirty: RefCell::default(),
@@ -226,6 +244,8 @@ impl Logged {
             writer_first: Cell::new(false),
             closing: Cell::new(false),
             pause: Cell::new(0),
+            archive_pause: Cell::new(0),
+            archive,
             runner: RefCell::new(Runner::Nobody(Box::new(writer))),
             worker,
             config,
@@ -274,9 +294,17 @@ impl Logged {
         let databases = self.0.databases.borrow();
         databases
             .values()
-            .filter(|found| found.overlay.borrow().committed_pages() > 0)
             .map(|found| (found.id, found.shard))
             .collect()
+    }
+
+    /// Those of them that were deleted, and may still have a file.
+    pub(crate) fn deleted(&self) -> Vec<FileId> {
+        let databases = self.0.databases.borrow();
+        let deleted = databases
+            .values()
+            .filter(|found| found.overlay.borrow().committed_pages() == 0);
+        deleted.map(|found| found.id).collect()
     }
 
     /// Rows of a shard's catalog in the order of ids, after `after`; at most `limit`.
@@ -312,14 +340,22 @@ impl Logged {
         self.0.catalogs.find(catalog, id.into(), &connect)
     }
 
-    /// When the alarms of a shard's objects run next, in any order: what the catalog knows, but for those
-    /// of [`noted_alarms`](Self::noted_alarms).
-    pub fn alarms(&self, home: Home, shard: ShardId) -> rusqlite::Result<Vec<(ObjectId, u64)>> {
+    /// When the alarms of a shard's objects run next that are due before a time, in any order: what the
+    /// catalog knows, but for those of [`noted_alarms`](Self::noted_alarms).
+    pub fn alarms(
+        &self,
+        home: Home,
+        shard: ShardId,
+        before: u64,
+    ) -> rusqlite::Result<Vec<(ObjectId, u64)>> {
         let connect = |catalog| self.0.open(catalog, shard);
         let catalog = FileId::catalog(home, shard);
-        let found = self.0.catalogs.alarms(catalog, &connect)?;
+        let found = self.0.catalogs.alarms(catalog, before, &connect)?;
         let notes = self.0.core.notes.borrow();
-        let newer = |id: &FileId| notes.get(id).is_some_and(|note| note.alarm.is_some());
+        let newer = |id: &FileId| {
+            let note = notes.get(id);
+            note.is_some_and(|note| note.alarm.is_some() || note.deleted)
+        };
         let found = found.into_iter().filter(|(id, _)| !newer(id));
         Ok(found
             .filter_map(|(id, at)| Some((id.object()?, at)))
@@ -452,6 +488,8 @@ impl Inner {
             .map_err(|error| failed(&format!("read the file of {id}: {error}")))?;
         let database = Rc::new(Database::new(id, shard, Rc::clone(&self.core), overlay));
         database.noted.set(noted);
+        let changed = noted.1.saturating_add(MODIFIED_SLACK_MS);
+        database.changed.set(Bookmark::at_time(changed));
         self.databases.borrow_mut().insert(id, Rc::clone(&database));
         Ok(database)
     }

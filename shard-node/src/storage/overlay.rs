@@ -29,6 +29,7 @@ pub(crate) enum Place<'a> {
 pub(crate) struct Overlay {
     /// 0 until anything was read or written.
     page_bytes: usize,
+    committed_page_bytes: usize,
     /// Pages of the database as of the last commit.
     pages: u32,
     /// Pages of the file that are still meant: a database that shrank and grew has none beyond.
@@ -37,6 +38,8 @@ pub(crate) struct Overlay {
     /// What the open transaction wrote, and the length it gave the database.
     written: BTreeMap<u32, Arc<[u8]>>,
     resized: Option<u32>,
+    /// What was written is another database, whole.
+    replaced: bool,
     spare: Vec<Arc<[u8]>>,
     /// The least length since the last capture.
     least_since_capture: u32,
@@ -73,6 +76,7 @@ impl Overlay {
     pub(crate) fn of_file(page_bytes: usize, pages: u32) -> Self {
         Self {
             page_bytes,
+            committed_page_bytes: page_bytes,
             pages,
             file_pages: pages,
             least_since_capture: pages,
@@ -82,6 +86,11 @@ impl Overlay {
 
     pub(crate) fn page_bytes(&self) -> usize {
         self.page_bytes
+    }
+
+    /// The size of the pages of the last commit: another only while a replacement waits for its own.
+    pub(crate) fn committed_page_bytes(&self) -> usize {
+        self.committed_page_bytes
     }
 
     /// Pages of the database as the open transaction sees it.
@@ -126,7 +135,7 @@ impl Overlay {
     }
 
     /// The same of the last commit, for a page that it has.
-    fn committed_place(&self, number: u32) -> Place<'_> {
+    pub(crate) fn committed_place(&self, number: u32) -> Place<'_> {
         match self.committed.get(&number) {
             Some(page) => Place::Here(&page.bytes),
             None if number <= self.file_pages => Place::File,
@@ -158,7 +167,8 @@ impl Overlay {
     /// Another database takes the place of this one, with the next commit. Its pages may have another size.
     pub(crate) fn replace<'p>(&mut self, page_bytes: usize, pages: impl Iterator<Item = &'p [u8]>) {
         self.rollback();
-        self.forget_committed();
+        self.replaced = true;
+        self.spare.clear();
         self.page_bytes = page_bytes;
         for (number, page) in (1..).zip(pages) {
             self.written.insert(number, Arc::from(page));
@@ -183,6 +193,8 @@ impl Overlay {
     pub(crate) fn rollback(&mut self) {
         self.written.clear();
         self.resized = None;
+        self.page_bytes = self.committed_page_bytes;
+        self.replaced = false;
     }
 
     /// Whether the open transaction changed anything, as far as it was written here.
@@ -195,6 +207,11 @@ impl Overlay {
     pub(crate) fn commit(&mut self, record: &mut CommitWriter<'_>) {
         self.resize(self.pages());
         self.resized = None;
+        self.committed_page_bytes = self.page_bytes;
+        if self.replaced {
+            self.replaced = false;
+            self.forget_committed();
+        }
         while let Some((number, now)) = self.written.pop_first() {
             match self.committed.get_mut(&number) {
                 Some(page) => {
@@ -241,6 +258,7 @@ impl Overlay {
             self.forget_committed();
         }
         self.page_bytes = page_bytes;
+        self.committed_page_bytes = page_bytes;
         self.resize(commit.head.pages);
         for change in commit.pages() {
             match change.change {

@@ -46,6 +46,7 @@ impl Fixture {
                 transaction_bytes_max: self.config.transaction_bytes_max,
                 clock: Arc::new(SystemClock),
                 sync_time: metrics::Histogram::noop(),
+                archive: None,
             };
             Logged::open(setup, Arc::default()).unwrap()
         })

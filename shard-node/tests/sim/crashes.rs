@@ -245,6 +245,7 @@ fn random_run(seed: u64) {
         if random.random_ratio(1, 3) {
             node.check_catalog(&context);
         }
+        check_some_past(&mut node, &mut random, &context);
         let stop = node.disk.operations() + random.random_range(0..120);
         node.disk.set_faults(vec![Fault::Stop(stop)]);
         for _ in 0..random.random_range(5..60) {
@@ -267,6 +268,14 @@ fn random_run(seed: u64) {
         (disk, model) = node.crash(crash);
     }
     check_survivor(disk, model, &format!("seed {seed}, the end"));
+}
+
+pub(crate) fn check_some_past(node: &mut Node, random: &mut SmallRng, context: &str) {
+    let total = node.model.commits.len();
+    if total > 0 {
+        let commits: Vec<usize> = (0..4).map(|_| random.random_range(0..total)).collect();
+        node.check_past(context, &commits);
+    }
 }
 
 pub(crate) fn random_step(node: &mut Node, random: &mut SmallRng) {

@@ -6,12 +6,17 @@ use std::mem::take;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use object_store::memory::InMemory;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use shard_node::clock::Clock;
 use shard_node::disk::{Access, Disk, DiskFile, Status};
 
 /// What a disk writes at once: a power loss may tear a write between sectors.
 const SECTOR: usize = 512;
+
+/// When the world begins, in milliseconds since 1970.
+pub(crate) const EPOCH: u64 = 1_700_000_000_000;
 
 /// What a crash leaves of what was not synced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +57,10 @@ struct World {
     operations: u64,
     stopped: bool,
     faults: Vec<Fault>,
+    /// Milliseconds that have passed: one per look at the clock.
+    clock: u64,
+    /// Never fails, and forgets nothing.
+    archive: Arc<InMemory>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +72,7 @@ enum Entry {
 #[derive(Default, Clone)]
 struct Contents {
     of_log: bool,
+    modified_ms: u64,
     /// Writing it failed in a sync of everything: its own next sync says so, too.
     error: bool,
     seen: Vec<u8>,
@@ -153,6 +163,15 @@ impl Change {
     }
 }
 
+/// A millisecond per look.
+impl Clock for SimDisk {
+    fn unix_millis(&self) -> u64 {
+        let mut world = self.world();
+        world.clock += 1;
+        EPOCH + world.clock
+    }
+}
+
 impl SimDisk {
     /// With the directories that a node makes before its engines start.
     pub(crate) fn new(root: &Path) -> Self {
@@ -168,6 +187,10 @@ impl SimDisk {
 
     fn world(&self) -> MutexGuard<'_, World> {
         self.0.lock().unwrap()
+    }
+
+    pub(crate) fn archive(&self) -> Arc<InMemory> {
+        Arc::clone(&self.world().archive)
     }
 
     pub(crate) fn operations(&self) -> u64 {
@@ -200,6 +223,8 @@ impl SimDisk {
         let mut world = self.world();
         let mut next = World {
             files: world.files.clone(),
+            clock: world.clock,
+            archive: Arc::clone(&world.archive),
             ..World::default()
         };
         match crash {
@@ -425,7 +450,9 @@ impl SimFile {
         let mut world = self.disk.world();
         let of_log = world.files[self.number].of_log;
         world.operation(of_log)?;
+        let now = EPOCH + world.clock;
         let file = &mut world.files[self.number];
+        file.modified_ms = now;
         change.apply(&mut file.seen);
         file.pending.push(change);
         Ok(())
@@ -434,9 +461,11 @@ impl SimFile {
 
 impl DiskFile for SimFile {
     fn status(&self) -> io::Result<Status> {
+        let world = self.disk.world();
+        let file = &world.files[self.number];
         Ok(Status {
-            bytes: self.disk.world().files[self.number].seen.len() as u64,
-            modified_ms: 0,
+            bytes: file.seen.len() as u64,
+            modified_ms: file.modified_ms,
         })
     }
 

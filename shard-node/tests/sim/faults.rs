@@ -6,7 +6,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use shard_node::storage::{Engine, StorageError};
 
-use crate::crashes::random_step;
+use crate::crashes::{check_some_past, random_step};
 use crate::disk::{Crash, Fault, SimDisk};
 use crate::node::{Model, Node, OBJECTS, ROOT};
 
@@ -145,6 +145,7 @@ fn random_run(seed: u64) {
         let mut node =
             Node::start(disk, model).unwrap_or_else(|error| panic!("{context}: {error:?}"));
         node.check(&context);
+        check_some_past(&mut node, &mut random, &context);
         for _ in 0..random.random_range(1..6) {
             let from = node.disk.operations() + random.random_range(0..30);
             let kind = if random.random() {

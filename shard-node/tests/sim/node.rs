@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use protocol::{ClassName, Home, LogPosition, ObjectId, ObjectName, ShardId};
+use protocol::{Bookmark, ClassName, Home, LogPosition, ObjectId, ObjectName, ShardId};
 use rusqlite::Connection;
 use shard_node::alarm::AlarmState;
-use shard_node::clock::Clock;
+use shard_node::archive::{Archive, ArchiveConfig};
 use shard_node::commit_log::record::FileId;
+use shard_node::history::{AsOf, HistoryError};
 use shard_node::storage::image::{Image, KeepAlarm};
 use shard_node::storage::logged::{OpenError, PAGE_BYTES, Setup, Snapshot};
 use shard_node::storage::{Engine, Identity, LogConfig, Logged, SqlConfig, Storage, StorageError};
@@ -28,21 +28,11 @@ const RESULT_BYTES: usize = 1 << 20;
 /// Rows of a table, in order.
 pub(crate) type Dump = Vec<(i64, Vec<u8>)>;
 
-/// A clock that moves when it is looked at.
-#[derive(Default)]
-struct StepClock(AtomicU64);
-
-impl Clock for StepClock {
-    fn unix_millis(&self) -> u64 {
-        1_700_000_000_000 + self.0.fetch_add(1, Ordering::Relaxed)
-    }
-}
-
 /// What clients of a run know, across crashes.
 #[derive(Default, Clone)]
 pub(crate) struct Model {
-    /// Every commit: the object, what it held then, and where the commit ended.
-    pub(crate) commits: Vec<(usize, Dump, LogPosition)>,
+    /// Every commit: the object, what it held then, where the commit ended, and a bookmark of then.
+    pub(crate) commits: Vec<(usize, Dump, LogPosition, Bookmark)>,
     /// How many of them were acknowledged.
     pub(crate) acknowledged: usize,
 }
@@ -53,9 +43,9 @@ impl Model {
         let of_object = self.commits[..count]
             .iter()
             .rev()
-            .find(|(of, _, _)| *of == object);
+            .find(|(of, ..)| *of == object);
         of_object
-            .map(|(_, dump, _)| dump.clone())
+            .map(|(_, dump, ..)| dump.clone())
             .unwrap_or_default()
     }
 }
@@ -95,8 +85,9 @@ pub(crate) fn setup(disk: &SimDisk) -> Setup {
         },
         page_bytes: PAGE_BYTES,
         transaction_bytes_max: 128 << 20,
-        clock: Arc::new(StepClock::default()),
+        clock: Arc::new(disk.clone()),
         sync_time: metrics::Histogram::noop(),
+        archive: Some(Archive::new(disk.archive(), ArchiveConfig::default())),
     }
 }
 
@@ -144,7 +135,8 @@ impl Node {
         match result {
             Ok(None) => Ok(()),
             Ok(Some((dump, position))) => {
-                self.model.commits.push((object, dump?, position));
+                let bookmark = self.engine.bookmark();
+                self.model.commits.push((object, dump?, position, bookmark));
                 Ok(())
             }
             Err(error) => Err(error),
@@ -158,7 +150,10 @@ impl Node {
         let existed = self.snapshot(object).is_some();
         let end = self.engine.delete(identity.id, identity.shard)?;
         if existed {
-            self.model.commits.push((object, Dump::new(), end));
+            let bookmark = self.engine.bookmark();
+            self.model
+                .commits
+                .push((object, Dump::new(), end, bookmark));
         }
         Ok(())
     }
@@ -185,7 +180,10 @@ impl Node {
         let bytes = stock.serialize("main").unwrap().to_vec();
         let (image, alarm) = Image::import(bytes, &identity, KeepAlarm::Yes).unwrap();
         let end = self.engine.replace(&identity, &image, alarm)?;
-        self.model.commits.push((object, rows.clone(), end));
+        let bookmark = self.engine.bookmark();
+        self.model
+            .commits
+            .push((object, rows.clone(), end, bookmark));
         Ok(())
     }
 
@@ -234,7 +232,7 @@ impl Node {
         }
         let acknowledged = self.model.commits.iter();
         let count = acknowledged
-            .take_while(|(_, _, end)| *end <= durable)
+            .take_while(|(_, _, end, _)| *end <= durable)
             .count();
         self.model.acknowledged = self.model.acknowledged.max(count);
     }
@@ -317,14 +315,17 @@ impl Node {
             })
             .collect();
         let total = self.model.commits.len();
-        let matching = (self.model.acknowledged..=total).rev().find(|count| {
+        // The fewest that fit: what was made and taken away again may never have been.
+        let matching = (self.model.acknowledged..=total).find(|count| {
             (0..OBJECTS).all(|object| found[object] == self.model.after(*count, object))
         });
         let Some(count) = matching else {
             let ids = |dump: &Dump| dump.iter().map(|(id, _)| *id).collect::<Vec<i64>>();
             let found: Vec<_> = found.iter().map(ids).collect();
             let past = self.model.commits.iter().rev().take(12);
-            let past: Vec<_> = past.map(|(object, dump, _)| (*object, ids(dump))).collect();
+            let past: Vec<_> = past
+                .map(|(object, dump, ..)| (*object, ids(dump)))
+                .collect();
             panic!(
                 "{context}: after {total} commits, {} of them acknowledged, the objects hold what they never held together: {found:?}; the last commits, latest first: {past:?}",
                 self.model.acknowledged
@@ -392,6 +393,32 @@ impl Node {
         assert!(rows.is_empty(), "{context}: {rows:?}");
     }
 
+    /// Every object can be seen as it was after any of these commits, by bookmark and by time.
+    pub(crate) fn check_past(&mut self, context: &str, commits: &[usize]) {
+        self.settle();
+        for count in commits {
+            let (_, _, _, bookmark) = self.model.commits[*count];
+            let of_time = Bookmark::at_time(bookmark.unix_millis);
+            for object in 0..OBJECTS {
+                let identity = identity(object);
+                for at in [bookmark, of_time] {
+                    let history = self.engine.history(identity.id, identity.shard).unwrap();
+                    let found = match history.database_at(at) {
+                        Ok(AsOf::AsItIs) => self.read(object).unwrap(),
+                        Ok(AsOf::Database(bytes)) => bytes_dump(bytes.as_slice()),
+                        Err(HistoryError::DidNotExist(_)) => Dump::new(),
+                        Err(error) => panic!("{context}: object {object} at {at}: {error}"),
+                    };
+                    let want = self.model.after(count + 1, object);
+                    assert_eq!(
+                        found, want,
+                        "{context}: object {object} at {at}, after {count} commits"
+                    );
+                }
+            }
+        }
+    }
+
     /// Stops cleanly; then stock SQLite must find in the files what the objects held.
     pub(crate) fn stop(mut self, context: &str) -> (SimDisk, Model) {
         self.sleep_all();
@@ -450,16 +477,20 @@ pub(crate) fn snapshot_dump(snapshot: &Snapshot) -> Option<Dump> {
         snapshot.read(number, &mut page).ok()?;
         bytes.extend_from_slice(&page);
     }
+    Some(bytes_dump(&bytes))
+}
+
+/// What a database has, as stock SQLite reads it.
+fn bytes_dump(bytes: &[u8]) -> Dump {
     let mut stock = Connection::open_in_memory().unwrap();
-    let length = bytes.len();
     stock
-        .deserialize_read_exact("main", bytes.as_slice(), length, true)
+        .deserialize_read_exact("main", bytes, bytes.len(), true)
         .unwrap();
     let ok: String = stock
         .query_row("PRAGMA integrity_check", [], |row| row.get(0))
         .unwrap();
     assert_eq!(ok, "ok");
-    Some(stock_dump(&stock))
+    stock_dump(&stock)
 }
 
 fn dump_of(storage: &Storage) -> Result<Dump, StorageError> {

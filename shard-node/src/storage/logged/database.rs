@@ -1,13 +1,13 @@
 //! One database, as SQLite sees it: reads from memory or from its file, commits into the log.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use protocol::{Epoch, LogPosition, ShardId};
+use protocol::{Bookmark, Epoch, LogPosition, ShardId};
 use tracing::warn;
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
@@ -16,7 +16,7 @@ use crate::catalog::{Note, USED_WITHIN_MILLIS};
 use crate::checkpoint;
 use crate::clock::Clock;
 use crate::commit_log::Log;
-use crate::commit_log::record::{CommitHead, CommitWriter, FileId, Named};
+use crate::commit_log::record::{CommitHead, CommitWriter, FileId, Named, Told};
 use crate::disk::{Access, Disk, DiskFile};
 use crate::storage::overlay::{Overlay, Place};
 use crate::storage::vfs::{DatabaseFile, Failed, Read};
@@ -31,11 +31,43 @@ pub(super) struct Core {
     pub(super) log_directory: PathBuf,
     pub(super) log: Log,
     pub(super) clock: Arc<dyn Clock>,
+    /// The time of the latest commit: times never go back within a log.
+    pub(super) latest_ms: Cell<u64>,
+    /// Databases up to this size are written whole once a day; 0: none is.
+    pub(super) base_bytes_max: u64,
+    pub(super) based: RefCell<Based>,
     pub(super) page_bytes: u32,
     pub(super) transaction_bytes_max: u64,
     pub(super) dirty: RefCell<VecDeque<(LogPosition, FileId)>>,
     pub(super) notes: RefCell<HashMap<FileId, Note, Xxh3DefaultBuilder>>,
     pub(super) descriptors: RefCell<Descriptors>,
+}
+
+/// A database has a base that is at most twice as old as this.
+const BASE_EVERY_MS: u64 = 12 * 3_600_000;
+
+/// The databases that have a base of today or yesterday, halves of a day. Some 20 bytes each; forgotten
+/// with the process, which costs each database one more base.
+#[derive(Default)]
+pub(super) struct Based {
+    current: HashSet<FileId, Xxh3DefaultBuilder>,
+    previous: HashSet<FileId, Xxh3DefaultBuilder>,
+    since_ms: u64,
+}
+
+impl Based {
+    /// Counts a base; `false` if there is one already.
+    fn insert(&mut self, id: FileId, now: u64) -> bool {
+        if now >= self.since_ms.saturating_add(BASE_EVERY_MS) {
+            self.previous = std::mem::take(&mut self.current);
+            self.since_ms = now;
+        }
+        !self.previous.contains(&id) && self.current.insert(id)
+    }
+
+    fn remove(&mut self, id: FileId) {
+        self.current.remove(&id);
+    }
 }
 
 /// Open files, the least recently used first.
@@ -60,6 +92,8 @@ pub(super) struct Database {
     pub(super) open: Cell<bool>,
     /// So many snapshots need its file as it is.
     pub(super) snapshots: Cell<u32>,
+    /// Counts how often they had to give way.
+    pub(super) revoked: Cell<u32>,
     /// Its last commits were lost with the log: nothing may be read from here any more.
     pub(super) lost: Cell<bool>,
     pub(super) named: RefCell<Option<Named>>,
@@ -69,11 +103,22 @@ pub(super) struct Database {
     pub(super) tell_alarm: RefCell<Option<AlarmState>>,
     /// Bytes that the transaction may write.
     pub(super) room: Cell<u64>,
+    /// Its last change, as far as known: no later than this.
+    pub(super) changed: Cell<Bookmark>,
+    /// When it was last found to have a base.
+    pub(super) based_ms: Cell<u64>,
     /// Size and last use that the catalog knows, or will.
     pub(super) noted: Cell<(u64, u64)>,
 }
 
 impl Core {
+    /// The time of a commit.
+    pub(super) fn now(&self) -> u64 {
+        let now = self.clock.unix_millis().max(self.latest_ms.get());
+        self.latest_ms.set(now);
+        now
+    }
+
     /// Pages that a file has, and what the catalog should know of it.
     pub(super) fn overlay_of_file(
         &self,
@@ -180,12 +225,15 @@ impl Database {
             asleep: Cell::new(false),
             open: Cell::new(false),
             snapshots: Cell::new(0),
+            revoked: Cell::new(0),
             lost: Cell::new(false),
             named: RefCell::new(None),
             tell_name: Cell::new(false),
             tell_alarm: RefCell::new(None),
             room: Cell::new(core.transaction_bytes_max),
             noted: Cell::new((0, 0)),
+            changed: Cell::new(Bookmark::at_time(0)),
+            based_ms: Cell::new(0),
             core,
         }
     }
@@ -323,28 +371,31 @@ impl Database {
         if !overlay.is_written() {
             return;
         }
-        let now = self.core.clock.unix_millis();
+        let now = self.core.now();
+        let base = self.log_base(&overlay, now);
         let named = self.named.borrow();
         let told_name = self.tell_name.take();
         let alarm = self.tell_alarm.take();
-        let head = CommitHead {
-            shard: self.shard,
-            epoch: Epoch::FIRST,
-            unix_millis: now,
-            previous: self.last.get().0,
-            file: self.id,
-            page_bytes: u32::try_from(overlay.page_bytes()).expect("at most 65536"),
-            pages: overlay.pages(),
+        let told = Told {
+            named: named.as_ref().filter(|_| told_name),
+            alarm: alarm.as_ref(),
+            base: None,
+            from_empty: overlay.committed_pages() == 0,
         };
+        let head = self.head(overlay.page_bytes(), overlay.pages(), now);
         let (begin, end) = self.core.log.append(|buffer| {
-            let named = named.as_ref().filter(|_| told_name);
-            let mut record = CommitWriter::begin(buffer, &head, named, alarm.as_ref());
+            let mut record = CommitWriter::begin(buffer, &head, &told);
             overlay.commit(&mut record);
             record.finish();
         });
         drop(overlay);
         drop(named);
         self.last.set((begin, end));
+        self.changed.set(Bookmark {
+            unix_millis: now,
+            position: end,
+        });
+        let begin = base.unwrap_or(begin);
         let first = if self.capturing.get() {
             &self.since_capture
         } else {
@@ -357,5 +408,69 @@ impl Database {
         if !self.id.is_catalog() {
             self.note(begin, now, told_name, alarm);
         }
+    }
+
+    fn head(&self, page_bytes: usize, pages: u32, now: u64) -> CommitHead {
+        CommitHead {
+            shard: self.shard,
+            epoch: Epoch::FIRST,
+            unix_millis: now,
+            previous: self.last.get().0,
+            file: self.id,
+            page_bytes: u32::try_from(page_bytes).expect("at most 65536"),
+            pages,
+        }
+    }
+
+    /// Before a change, once a day: the database as it was before, whole, so that it can be found in the
+    /// archive. Where that begins, if it was written.
+    fn log_base(&self, overlay: &Overlay, now: u64) -> Option<LogPosition> {
+        let core = &self.core;
+        let lately = now < self.based_ms.get().saturating_add(BASE_EVERY_MS);
+        if core.base_bytes_max == 0 || self.id.is_catalog() || lately {
+            return None;
+        }
+        self.based_ms.set(now);
+        let pages = overlay.committed_pages();
+        let bytes = u64::from(pages) * overlay.committed_page_bytes() as u64;
+        // What begins with this commit is its own base. A large one may be smaller tomorrow.
+        if !core.based.borrow_mut().insert(self.id, now) || pages == 0 {
+            return None;
+        }
+        if bytes > core.base_bytes_max {
+            core.based.borrow_mut().remove(self.id);
+            return None;
+        }
+        let page_bytes = overlay.committed_page_bytes();
+        let mut whole = vec![0; usize::try_from(bytes).ok()?];
+        for (number, page) in (1..).zip(whole.chunks_exact_mut(page_bytes)) {
+            match overlay.committed_place(number) {
+                Place::Here(bytes) => page.copy_from_slice(bytes),
+                Place::File => {
+                    let at = u64::from(number - 1) * page_bytes as u64;
+                    if let Err(error) = core.read_file(self.id, self.shard, page, at) {
+                        // The database itself will say so when it is read.
+                        warn!(database = %self.id, %error, "no base could be written");
+                        core.based.borrow_mut().remove(self.id);
+                        return None;
+                    }
+                }
+                Place::Nowhere => {}
+            }
+        }
+        let head = self.head(page_bytes, pages, now);
+        let told = Told {
+            base: Some(self.changed.get()),
+            ..Told::default()
+        };
+        let (begin, end) = core.log.append(|buffer| {
+            let mut record = CommitWriter::begin(buffer, &head, &told);
+            for (number, page) in (1..).zip(whole.chunks_exact(page_bytes)) {
+                record.whole_page(number, page);
+            }
+            record.finish();
+        });
+        self.last.set((begin, end));
+        Some(begin)
     }
 }

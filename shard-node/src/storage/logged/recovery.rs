@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 use std::rc::Rc;
 
-use protocol::{LogPosition, ObjectId, ShardId};
+use protocol::{Bookmark, LogPosition, ObjectId, ShardId};
 use tracing::{error, warn};
 
 use super::Inner;
@@ -118,6 +118,12 @@ impl Inner {
             database.asleep.set(true);
             database.named.borrow_mut().clone_from(&found.named);
             database.noted.set((bytes, found.last_ms));
+            database.changed.set(Bookmark {
+                unix_millis: found.last_ms,
+                position: found.last.1,
+            });
+            let latest = self.core.latest_ms.get().max(found.last_ms);
+            self.core.latest_ms.set(latest);
             if !id.is_catalog() {
                 let note = Note {
                     shard: found.shard,
@@ -159,7 +165,7 @@ impl Inner {
         while self.checkpointer.is_busy() {
             self.run_checkpointer();
             if let Some(done) = self.checkpointer.take_done() {
-                self.checkpointed(done);
+                self.checkpointed(done.map(drop));
             }
         }
         if lost.is_empty() {

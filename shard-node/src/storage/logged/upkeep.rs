@@ -10,7 +10,7 @@ use tracing::warn;
 
 use super::{CloseError, Inner, Runner};
 use crate::catalog::Note;
-use crate::checkpoint::{self, Flush, Job};
+use crate::checkpoint::{self, Done, Flush, Job};
 use crate::commit_log::State;
 use crate::commit_log::record::FileId;
 use crate::commit_log::segment::{Header, Segment};
@@ -31,6 +31,9 @@ const TRIES_AT_THE_END: u32 = 4;
 
 /// Ticks between a checkpoint that failed and the next try.
 const TICKS_AFTER_FAILURE: u32 = 10;
+
+/// The same after the archive failed.
+const TICKS_AFTER_ARCHIVE_FAILURE: u32 = 100;
 
 impl Inner {
     /// The first position of the log that recovery would need.
@@ -68,7 +71,10 @@ impl Inner {
     pub(super) fn advance(self: &Rc<Self>) {
         if let Some(done) = self.checkpointer.take_done() {
             let went_well = done.is_ok();
-            self.checkpointed(done);
+            if let Ok(Done::NotArchived) = done {
+                self.archive_pause.set(TICKS_AFTER_ARCHIVE_FAILURE);
+            }
+            self.checkpointed(done.map(drop));
             if went_well {
                 self.begin_checkpoint();
             }
@@ -83,6 +89,8 @@ impl Inner {
         if ticks.is_multiple_of(TICKS_PER_NOTES) || self.core.notes.borrow().len() >= NOTES_MAX {
             self.try_write_notes();
         }
+        let archive_pause = self.archive_pause.get();
+        self.archive_pause.set(archive_pause.saturating_sub(1));
         match self.pause.get() {
             0 => self.begin_checkpoint(),
             ticks => self.pause.set(ticks - 1),
@@ -101,8 +109,8 @@ impl Inner {
         let full = matches!(&state, State::Reopening(failure) if failure.disk_full);
         let needed = self.needed();
         let log = &self.core.log;
-        if log.may_retire(needed) {
-            self.checkpointer.give(Job::Retire(needed));
+        if self.archive_pause.get() == 0 && log.may_retire(needed) {
+            self.checkpointer.give(Job::Retire(needed, self.core.now()));
             return;
         }
         let pressed = full || log.end().0.saturating_sub(needed.0) > self.config.live_bytes_max / 2;
@@ -110,7 +118,7 @@ impl Inner {
         while batch.len() < BATCH
             && let Some(id) = self.asleep.borrow_mut().pop()
         {
-            self.capture(id, &mut batch);
+            self.capture(id, false, &mut batch);
         }
         if pressed {
             let oldest: Vec<FileId> = {
@@ -121,7 +129,7 @@ impl Inner {
                 self.try_write_notes();
             }
             for id in oldest {
-                self.capture(id, &mut batch);
+                self.capture(id, true, &mut batch);
             }
         }
         self.flush(batch);
@@ -133,15 +141,21 @@ impl Inner {
     }
 
     /// Adds a database to a batch, if its file lacks anything.
-    pub(super) fn capture(&self, id: FileId, batch: &mut Vec<Flush>) {
+    pub(super) fn capture(&self, id: FileId, pressed: bool, batch: &mut Vec<Flush>) {
         let databases = self.databases.borrow();
         let Some(database) = databases.get(&id) else {
             return;
         };
         database.asleep.set(false);
-        // When its snapshots are gone it comes back here.
-        let needed = database.snapshots.get() > 0 && !self.closing.get();
-        if needed || database.first_unflushed.get().is_none() || database.capturing.replace(true) {
+        if database.snapshots.get() > 0 && !self.closing.get() {
+            if !pressed {
+                // When its snapshots are gone it comes back here.
+                return;
+            }
+            // The log must get shorter, or no turn of any object runs.
+            database.revoked.set(database.revoked.get() + 1);
+        }
+        if database.first_unflushed.get().is_none() || database.capturing.replace(true) {
             return;
         }
         let capture = Arc::new(database.overlay.borrow_mut().capture());
@@ -188,12 +202,12 @@ impl Inner {
         let mut again = Vec::new();
         for (database, capture) in in_flight {
             database.capturing.set(false);
+            if capture.pages == 0 {
+                // The file may be gone, whatever became of the rest; one of the same name is another.
+                self.core.descriptors.borrow_mut().forget(database.id);
+            }
             if done.is_ok() {
                 database.overlay.borrow_mut().flushed(&capture);
-                if capture.pages == 0 {
-                    // The file is gone; one of the same name would be another.
-                    self.core.descriptors.borrow_mut().forget(database.id);
-                }
                 database.first_unflushed.set(database.since_capture.take());
             } else {
                 // What was committed since is covered by the older position.
@@ -308,7 +322,7 @@ impl Inner {
             }
             let mut batch = Vec::new();
             for id in dirty {
-                self.capture(id, &mut batch);
+                self.capture(id, true, &mut batch);
             }
             self.flush(batch);
         }
@@ -323,7 +337,7 @@ impl Inner {
         };
         if last.start == end {
             // Not even a marker is in it.
-            return core.log.retire(&*core.disk, &core.log_directory, end);
+            return self.checkpointer.retire(end, core.now()).map(drop);
         }
         let header = Header {
             sequence: last.sequence + 1,
@@ -332,7 +346,7 @@ impl Inner {
         };
         Segment::create(&*core.disk, &core.log_directory, header, 0)?;
         core.log.add_segment(header);
-        core.log.retire(&*core.disk, &core.log_directory, end)
+        self.checkpointer.retire(end, core.now()).map(drop)
     }
 
     pub(super) fn flush_log(&self) -> Result<(), CloseError> {

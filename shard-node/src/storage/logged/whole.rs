@@ -5,12 +5,13 @@ use std::io;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
-use protocol::{LogPosition, ObjectId, ShardId};
+use protocol::{Bookmark, LogPosition, ObjectId, ShardId};
 
 use super::database::Database;
 use super::{Inner, Logged};
 use crate::alarm::AlarmState;
 use crate::commit_log::record::Named;
+use crate::history::History;
 use crate::storage::image::Image;
 use crate::storage::{Engine, Identity, StorageError};
 
@@ -25,6 +26,7 @@ pub struct Snapshot {
     changed: BTreeMap<u32, Arc<[u8]>>,
     file_pages: u32,
     position: LogPosition,
+    revoked: u32,
 }
 
 impl Snapshot {
@@ -53,11 +55,15 @@ impl Snapshot {
     /// Reads a page, counted from 1, into a buffer of [`page_bytes`](Self::page_bytes).
     ///
     /// # Errors
-    /// The file cannot be read, the log has lost the commit, or the engine closes.
+    /// The file cannot be read, the log has lost the commit or needs its room, or the engine closes.
     pub fn read(&self, number: u32, page: &mut [u8]) -> io::Result<()> {
-        let engine = self.engine.upgrade().filter(|engine| !engine.closing.get());
-        if engine.is_none() || self.database.lost.get() {
-            return Err(io::Error::other("the database is no longer as it was"));
+        let engine = self.engine.upgrade();
+        let engine = engine.filter(|engine| !engine.closing.get());
+        let revoked = self.database.revoked.get() != self.revoked;
+        if engine.is_none() || revoked || self.database.lost.get() {
+            return Err(io::Error::other(
+                "it was written to its file, or lost, before it was copied: try again",
+            ));
         }
         if let Some(changed) = self.changed.get(&number) {
             page.copy_from_slice(changed);
@@ -99,6 +105,7 @@ impl Logged {
             changed: overlay.committed_pages_here().collect(),
             file_pages: overlay.file_pages(),
             position: database.last.get().1,
+            revoked: database.revoked.get(),
             database: Rc::clone(&database),
         };
         drop(overlay);
@@ -111,6 +118,32 @@ impl Logged {
         let exists = database.overlay.borrow().committed_pages() > 0;
         self.0.release(&database);
         Ok(exists)
+    }
+
+    /// The bookmark of now: all that was committed, and nothing that will be.
+    pub fn bookmark(&self) -> Bookmark {
+        Bookmark {
+            unix_millis: self.0.core.now(),
+            position: self.0.core.log.end(),
+        }
+    }
+
+    /// Where an object can be read as it was, from any thread.
+    pub fn history(&self, id: ObjectId, shard: ShardId) -> rusqlite::Result<History> {
+        let database = self.0.open_database(id.into(), shard)?;
+        let exists = database.overlay.borrow().committed_pages() > 0;
+        let changed = exists.then(|| database.changed.get());
+        self.0.release(&database);
+        Ok(History {
+            file: id.into(),
+            changed,
+            archive: self.0.archive.clone(),
+            disk: Arc::clone(&self.0.core.disk),
+            log_directory: self.0.core.log_directory.clone(),
+            worker: self.0.worker,
+            durable: self.0.core.log.durable(),
+            now: self.bookmark(),
+        })
     }
 
     /// Puts another database in the place of an object's, in one commit; where that ends. The object must

@@ -1,0 +1,427 @@
+//! What leaves the commit log, kept for point-in-time recovery.
+//!
+//! A segment that recovery no longer needs is packed and put into an object store, a local directory
+//! unless configured otherwise, before it is removed from the log. A pack has the segment's records as
+//! they were, with their checksums, and says where the records of each object are:
+//!
+//! | bytes | field |
+//! |------:|-------|
+//! | 8 | `"DORMPACK"` |
+//! | 4, 4 | version 1; CRC32C of the 56 bytes that follow and of the index |
+//! | 8, 8 | log position of the first record, and behind the last |
+//! | 8, 8 | least and greatest time of a commit, milliseconds since 1970 |
+//! | 8, 8 | bytes of the index, and of the records |
+//! | 2, 6 | worker; 0 |
+//! | … | the index: per object, in order of their ids, the id (32), a count (4), and so many offsets among the records (4 each) |
+//! | … | the records |
+//!
+//! Names sort by time: `{worker}/{first time}-{first position}.pack`. Numbers are little-endian.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path as FilePath, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::TryStreamExt;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
+use protocol::LogPosition;
+use serde::{Deserialize, Serialize};
+
+use crate::commit_log::record::{self, Commit, FileId, Record};
+
+const MAGIC: [u8; 8] = *b"DORMPACK";
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 72;
+
+/// `[archive]`: what is kept for point-in-time recovery.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ArchiveConfig {
+    /// Keep what leaves the commit log. Without it no object can be restored to an earlier time.
+    pub enabled: bool,
+    /// Where. Empty: `archive` below the data directory.
+    pub directory: PathBuf,
+    /// Objects can be restored to any time since so long ago.
+    #[serde(with = "humantime_serde")]
+    pub window: Duration,
+    /// Most bytes that are kept, per worker; the oldest go first, whatever the window.
+    pub bytes_max: u64,
+    /// An object's database up to this size is written to the log whole once a day, if it changes: a restore
+    /// begins there. Larger ones cannot be restored yet.
+    pub base_bytes_max: u64,
+}
+
+impl Default for ArchiveConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            directory: PathBuf::new(),
+            window: Duration::from_secs(30 * 86_400),
+            bytes_max: 10 << 30,
+            base_bytes_max: 1 << 20,
+        }
+    }
+}
+
+impl ArchiveConfig {
+    pub fn validate(&self) -> Result<(), String> {
+        if self.window < Duration::from_secs(60) {
+            return Err(format!(
+                "archive.window = {:?} must be at least 1m; archive.enabled = false keeps nothing",
+                self.window
+            ));
+        }
+        if self.bytes_max < 64 << 20 {
+            return Err(format!(
+                "archive.bytes_max = {} must be at least 64 MiB, the largest segment of a log twice",
+                self.bytes_max
+            ));
+        }
+        if !(1024..=64 << 20).contains(&self.base_bytes_max) {
+            return Err(format!(
+                "archive.base_bytes_max = {} must be from 1 KiB to 64 MiB",
+                self.base_bytes_max
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Why the archive did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ArchiveError {
+    #[error("the archive cannot be used")]
+    Store(#[from] object_store::Error),
+    #[error("{name} in the archive is damaged: {what}")]
+    Damaged { name: String, what: String },
+    #[error(
+        "the archive lacks what the log of worker {worker} had from position {from} to {to}: it was lost, or removed by hand"
+    )]
+    Gap {
+        worker: u16,
+        from: LogPosition,
+        to: LogPosition,
+    },
+}
+
+/// Packs of one worker, or of all that there are.
+#[derive(Clone)]
+pub struct Archive {
+    store: Arc<dyn ObjectStore>,
+    config: ArchiveConfig,
+}
+
+/// A pack, as its name and header tell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Pack {
+    name: Path,
+    pub(crate) worker: u16,
+    pub(crate) start: LogPosition,
+    pub(crate) end: LogPosition,
+    pub(crate) first_ms: u64,
+    pub(crate) last_ms: u64,
+    index: Range<u64>,
+    records: Range<u64>,
+    crc: u32,
+}
+
+/// A record as it was in the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Kept {
+    pub(crate) worker: u16,
+    pub(crate) position: LogPosition,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Archive {
+    /// The archive of a node whose data are there; `None` if it keeps none.
+    pub fn open(config: &ArchiveConfig, data_dir: &FilePath) -> Result<Option<Self>, ArchiveError> {
+        if !config.enabled {
+            return Ok(None);
+        }
+        let directory = if config.directory.as_os_str().is_empty() {
+            data_dir.join("archive")
+        } else {
+            config.directory.clone()
+        };
+        std::fs::create_dir_all(&directory).map_err(|source| object_store::Error::Generic {
+            store: "directory",
+            source: source.into(),
+        })?;
+        let store = LocalFileSystem::new_with_prefix(&directory)?.with_fsync(true);
+        Ok(Some(Self::new(Arc::new(store), config.clone())))
+    }
+
+    pub fn new(store: Arc<dyn ObjectStore>, config: ArchiveConfig) -> Self {
+        Self { store, config }
+    }
+
+    pub fn config(&self) -> &ArchiveConfig {
+        &self.config
+    }
+
+    /// Puts the records of a segment into the archive, durably. The same segment again does no harm. Blocks.
+    pub(crate) fn put(
+        &self,
+        worker: u16,
+        start: LogPosition,
+        records: &[u8],
+    ) -> Result<(), ArchiveError> {
+        let times = match times_of(start, records) {
+            Some(times) => times,
+            // Only marks of the writer. Its place in the log must be known, or it would look like a gap; its
+            // place in time is behind what came before it.
+            None => {
+                let packs = self.packs(Some(worker))?;
+                let last_ms = packs.iter().map(|pack| pack.last_ms).max().unwrap_or(0);
+                (last_ms, last_ms)
+            }
+        };
+        let (name, bytes) = pack(worker, start, records, times);
+        pollster::block_on(self.store.put(&name, PutPayload::from(bytes)))?;
+        Ok(())
+    }
+
+    /// All packs, oldest first, by what their names and headers tell. Blocks.
+    pub(crate) fn packs(&self, worker: Option<u16>) -> Result<Vec<Pack>, ArchiveError> {
+        let prefix = worker.map(|worker| Path::from(directory(worker)));
+        pollster::block_on(async {
+            let listed: Vec<_> = self.store.list(prefix.as_ref()).try_collect().await?;
+            let mut packs = Vec::with_capacity(listed.len());
+            for object in listed {
+                if object.location.extension() != Some("pack") {
+                    continue;
+                }
+                packs.push(self.header(object.location, object.size).await?);
+            }
+            packs.sort_by_key(|pack| (pack.first_ms, pack.worker, pack.start));
+            Ok(packs)
+        })
+    }
+
+    async fn header(&self, name: Path, size: u64) -> Result<Pack, ArchiveError> {
+        let damaged = |what: &str| ArchiveError::Damaged {
+            name: name.to_string(),
+            what: what.to_owned(),
+        };
+        if size < HEADER_BYTES as u64 {
+            return Err(damaged("it is shorter than its header"));
+        }
+        let bytes = self.store.get_range(&name, 0..HEADER_BYTES as u64).await?;
+        if bytes.len() != HEADER_BYTES || bytes[..8] != MAGIC {
+            return Err(damaged("it does not begin like a pack"));
+        }
+        let u64_at = |at: usize| u64::from_le_bytes(*bytes[at..].first_chunk().expect("inside"));
+        let u32_at = |at: usize| u32::from_le_bytes(*bytes[at..].first_chunk().expect("inside"));
+        if u32_at(8) != VERSION {
+            return Err(damaged("it is of another version"));
+        }
+        let index = HEADER_BYTES as u64..(HEADER_BYTES as u64).saturating_add(u64_at(48));
+        let records = index.end..index.end.saturating_add(u64_at(56));
+        if records.end != size {
+            return Err(damaged("its length is not what its header says"));
+        }
+        Ok(Pack {
+            worker: u16::from_le_bytes([bytes[64], bytes[65]]),
+            start: LogPosition(u64_at(16)),
+            end: LogPosition(u64_at(24)),
+            first_ms: u64_at(32),
+            last_ms: u64_at(40),
+            index,
+            records,
+            crc: u32_at(12),
+            name,
+        })
+    }
+
+    /// The records of one object in a pack, in order. Blocks.
+    pub(crate) fn records(&self, pack: &Pack, file: FileId) -> Result<Vec<Kept>, ArchiveError> {
+        let damaged = |what: String| ArchiveError::Damaged {
+            name: pack.name.to_string(),
+            what,
+        };
+        let offsets = {
+            let head = self.range(pack, 0..pack.index.end)?;
+            if crc32c::crc32c(&head[16..]) != pack.crc {
+                return Err(damaged("its index does not match its checksum".to_owned()));
+            }
+            let index = &head[HEADER_BYTES..];
+            offsets_of(index, file).ok_or_else(|| damaged("its index breaks off".to_owned()))?
+        };
+        let mut kept = Vec::with_capacity(offsets.len());
+        let mut window: (u64, Bytes) = (0, Bytes::new());
+        for offset in offsets.into_iter().map(u64::from) {
+            // Its length comes first; most records are short and lie close together.
+            window = self.window(pack, window, offset, 12)?;
+            let at = usize::try_from(offset - window.0).unwrap_or(usize::MAX);
+            let length = window
+                .1
+                .get(at + 4..at + 8)
+                .and_then(|bytes| bytes.first_chunk());
+            let length = length.map_or(0, |bytes| u32::from_le_bytes(*bytes));
+            window = self.window(pack, window, offset, u64::from(length))?;
+            let at = usize::try_from(offset - window.0).unwrap_or(usize::MAX);
+            let bytes = window.1.get(at..at + length as usize).unwrap_or_default();
+            let position = LogPosition(pack.start.0 + offset);
+            match record::read(bytes, position) {
+                Ok((Record::Commit(commit), _)) if commit.head.file == file => kept.push(Kept {
+                    worker: pack.worker,
+                    position,
+                    bytes: bytes.to_vec(),
+                }),
+                _ => {
+                    return Err(damaged(format!(
+                        "the record at log position {position} is not whole"
+                    )));
+                }
+            }
+        }
+        Ok(kept)
+    }
+
+    /// Records from `offset` on, at least `bytes` of them if there are so many: those at hand, or others.
+    fn window(
+        &self,
+        pack: &Pack,
+        window: (u64, Bytes),
+        offset: u64,
+        bytes: u64,
+    ) -> Result<(u64, Bytes), ArchiveError> {
+        let have = window.0..window.0 + window.1.len() as u64;
+        if have.contains(&offset) && offset + bytes <= have.end {
+            return Ok(window);
+        }
+        let from = pack.records.start + offset;
+        let to = (from + bytes.max(WINDOW_BYTES)).min(pack.records.end);
+        Ok((offset, self.range(pack, from..to.max(from))?))
+    }
+
+    fn range(&self, pack: &Pack, range: Range<u64>) -> Result<Bytes, ArchiveError> {
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        Ok(pollster::block_on(self.store.get_range(&pack.name, range))?)
+    }
+
+    /// Removes packs that are older than the window, and a day more, in which the restores to its beginning
+    /// have their base; also the oldest while a worker's are too many. Blocks.
+    pub(crate) fn prune(&self, worker: u16, now: u64) -> Result<(), ArchiveError> {
+        let packs = self.packs(Some(worker))?;
+        let window = self.config.window + BASE_EVERY;
+        let window = u64::try_from(window.as_millis()).unwrap_or(u64::MAX);
+        let mut bytes: u64 = packs.iter().map(|pack| pack.records.end).sum();
+        for pack in packs {
+            let old = pack.last_ms.saturating_add(window) < now;
+            if !old && bytes <= self.config.bytes_max {
+                break;
+            }
+            bytes -= pack.records.end;
+            pollster::block_on(self.store.delete(&pack.name))?;
+        }
+        Ok(())
+    }
+}
+
+/// Read at once, where records lie close together.
+const WINDOW_BYTES: u64 = 256 << 10;
+
+/// A database that changes is written whole to the log again after this time.
+pub(crate) const BASE_EVERY: Duration = Duration::from_secs(86_400);
+
+fn directory(worker: u16) -> String {
+    format!("{worker:05}")
+}
+
+/// The least and the greatest time of the commits of a segment.
+fn times_of(start: LogPosition, records: &[u8]) -> Option<(u64, u64)> {
+    let mut times: Option<(u64, u64)> = None;
+    each_commit(start, records, |_, commit| {
+        let time = commit.head.unix_millis;
+        let (first, last) = times.unwrap_or((time, time));
+        times = Some((first.min(time), last.max(time)));
+    });
+    times
+}
+
+/// Calls `each` with every commit and its offset; where the records end.
+fn each_commit(
+    start: LogPosition,
+    records: &[u8],
+    mut each: impl FnMut(usize, &Commit<'_>),
+) -> usize {
+    let mut at = 0;
+    while let Ok((parsed, length)) = record::read(&records[at..], start.after(at)) {
+        if let Record::Commit(commit) = parsed {
+            each(at, &commit);
+        }
+        at += length;
+    }
+    at
+}
+
+/// The pack of a segment's records, and its name.
+fn pack(
+    worker: u16,
+    start: LogPosition,
+    records: &[u8],
+    (first_ms, last_ms): (u64, u64),
+) -> (Path, Vec<u8>) {
+    let mut index: BTreeMap<FileId, Vec<u32>> = BTreeMap::new();
+    let at = each_commit(start, records, |offset, commit| {
+        if !commit.head.file.is_catalog() {
+            let offset = u32::try_from(offset).expect("segments are at most 1 GiB");
+            index.entry(commit.head.file).or_default().push(offset);
+        }
+    });
+    let mut bytes = vec![0; HEADER_BYTES];
+    for (file, offsets) in &index {
+        bytes.extend_from_slice(file.as_bytes());
+        let count = u32::try_from(offsets.len()).expect("fewer than bytes");
+        bytes.extend_from_slice(&count.to_le_bytes());
+        for offset in offsets {
+            bytes.extend_from_slice(&offset.to_le_bytes());
+        }
+    }
+    let index_bytes = (bytes.len() - HEADER_BYTES) as u64;
+    let kept = if index.is_empty() { 0 } else { at };
+    bytes[..8].copy_from_slice(&MAGIC);
+    bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    for (place, number) in [
+        (16, start.0),
+        (24, start.after(at).0),
+        (32, first_ms),
+        (40, last_ms),
+        (48, index_bytes),
+        (56, kept as u64),
+    ] {
+        bytes[place..place + 8].copy_from_slice(&number.to_le_bytes());
+    }
+    bytes[64..66].copy_from_slice(&worker.to_le_bytes());
+    let crc = crc32c::crc32c(&bytes[16..]);
+    bytes[12..16].copy_from_slice(&crc.to_le_bytes());
+    bytes.extend_from_slice(&records[..kept]);
+    let name = format!("{}/{first_ms:013}-{:016x}.pack", directory(worker), start.0);
+    (Path::from(name), bytes)
+}
+
+/// Where the records of an object are; `None` if the index is not whole.
+fn offsets_of(mut index: &[u8], file: FileId) -> Option<Vec<u32>> {
+    while !index.is_empty() {
+        let (id, rest) = index.split_first_chunk::<32>()?;
+        let (count, rest) = rest.split_first_chunk::<4>()?;
+        let bytes = u32::from_le_bytes(*count) as usize * 4;
+        let (offsets, rest) = rest.split_at_checked(bytes)?;
+        if id == file.as_bytes() {
+            let offsets = offsets.chunks_exact(4);
+            let offsets =
+                offsets.map(|bytes| u32::from_le_bytes(*bytes.first_chunk().expect("four")));
+            return Some(offsets.collect());
+        }
+        index = rest;
+    }
+    Some(Vec::new())
+}
