@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use metrics::Histogram;
 use protocol::{ClassName, Home, ObjectId, ObjectName, ShardId};
+use shard_node::catalog::{Order, Query};
 use shard_node::clock::{SystemClock, monotonic_nanos};
 use shard_node::disk::RealDisk;
 use shard_node::storage::logged::{PAGE_BYTES, Setup};
@@ -57,6 +58,14 @@ fn main() {
         .sum();
     assert_eq!(total, u64::from(objects));
     println!("counted all catalogs: {:.3} s", seconds(begun));
+    for order in [Order::Name, Order::Bytes, Order::Used] {
+        let times: Vec<f64> = (0..5).map(|_| search(&engine, order)).collect();
+        println!(
+            "a page of 100 of all shards, ordered by {order:?}: {:.1} ms, then {:.1} ms",
+            times[0] * 1e3,
+            times[1..].iter().copied().fold(f64::MAX, f64::min) * 1e3
+        );
+    }
     let mut pages = Vec::new();
     for round in 0..200 {
         let shard = ShardId(round % SHARDS);
@@ -87,6 +96,24 @@ fn main() {
     let begun = monotonic_nanos();
     engine.close().expect("the disk works");
     println!("clean stop after that: {:.1} s", seconds(begun));
+}
+
+/// A page of a listing, as an operator asks for it; its time in seconds.
+fn search(engine: &Logged, order: Order) -> f64 {
+    let begun = monotonic_nanos();
+    let query = Query {
+        order,
+        descending: order != Order::Name,
+        ..Query::default()
+    };
+    let mut rows = Vec::new();
+    for shard in (0..SHARDS).map(ShardId) {
+        let found = engine.search(Home::Global, shard, &query);
+        rows.extend(found.expect("the disk works"));
+    }
+    query.merge(&mut rows);
+    assert_eq!(rows.len(), 100);
+    seconds(begun)
 }
 
 fn open(dir: &Path) -> Logged {

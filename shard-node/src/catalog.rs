@@ -23,8 +23,9 @@ use crate::storage::{Opened, successor};
 /// costs no write.
 pub(crate) const USED_WITHIN_MILLIS: u64 = 3_600_000;
 
-/// Catalogs that stay open, some 40 KiB each.
-const OPEN_MAX: usize = 128;
+/// Catalogs that stay open, some 40 KiB each: more than the shards of two rings by default, for a listing
+/// looks into all of them.
+const OPEN_MAX: usize = 512;
 
 /// A row per object. Every index begins with the class, and ends with the id, which is how pages of a
 /// listing follow one another. An object without a name has the empty one, which no object can have.

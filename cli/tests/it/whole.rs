@@ -223,6 +223,19 @@ fn metrics_of_both_tiers_count_what_happened() {
             "{line} is not in\n{metrics}"
         );
     }
+    // An alarm, for the dashboards that draw it.
+    call(&process.url, "Queue/q/send", &json!([1]));
+    call(
+        &process.url,
+        "Queue/q/receive",
+        &json!([{ "visibilityMs": 1 }]),
+    );
+    let mut metrics = String::new();
+    crate::support::eventually("the alarm ran", || {
+        let url = format!("{}/metrics", process.admin);
+        metrics = request(&agent(), "GET", &url, "").unwrap().1;
+        metrics.contains("shard_alarms_total{")
+    });
     for name in drawn() {
         assert!(
             metrics.contains(&format!("\n{name}")),

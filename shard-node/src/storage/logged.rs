@@ -328,8 +328,11 @@ impl Logged {
 
     /// Objects of a shard in the order that the query asks for, as the catalog knows them.
     pub fn search(&self, home: Home, shard: ShardId, query: &Query) -> rusqlite::Result<Vec<Row>> {
-        let connect = |catalog| self.0.open(catalog, shard);
         let catalog = FileId::catalog(home, shard);
+        if !self.0.exists(catalog, shard)? {
+            return Ok(Vec::new());
+        }
+        let connect = |catalog| self.0.open(catalog, shard);
         self.0.catalogs.search(catalog, query, &connect)
     }
 
@@ -348,8 +351,11 @@ impl Logged {
         shard: ShardId,
         before: u64,
     ) -> rusqlite::Result<Vec<(ObjectId, u64)>> {
-        let connect = |catalog| self.0.open(catalog, shard);
         let catalog = FileId::catalog(home, shard);
+        if !self.0.exists(catalog, shard)? {
+            return Ok(Vec::new());
+        }
+        let connect = |catalog| self.0.open(catalog, shard);
         let found = self.0.catalogs.alarms(catalog, before, &connect)?;
         let notes = self.0.core.notes.borrow();
         let newer = |id: &FileId| {
@@ -502,6 +508,14 @@ impl Inner {
     /// Whether recovery would need more of a log that ends there than it may.
     fn is_behind(&self, end: LogPosition) -> bool {
         end.0.saturating_sub(self.known_needed.get().0) > self.config.live_bytes_max
+    }
+
+    /// Whether a database has any pages: cheaper than to open it.
+    fn exists(self: &Rc<Self>, id: FileId, shard: ShardId) -> rusqlite::Result<bool> {
+        let database = self.open_database(id, shard)?;
+        let exists = database.overlay.borrow().committed_pages() > 0;
+        self.release(&database);
+        Ok(exists)
     }
 
     /// The connection of a database is closed.

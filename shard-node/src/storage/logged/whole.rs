@@ -114,10 +114,7 @@ impl Logged {
 
     /// Whether an object has a database.
     pub fn exists(&self, id: ObjectId, shard: ShardId) -> rusqlite::Result<bool> {
-        let database = self.0.open_database(id.into(), shard)?;
-        let exists = database.overlay.borrow().committed_pages() > 0;
-        self.0.release(&database);
-        Ok(exists)
+        self.0.exists(id.into(), shard)
     }
 
     /// The bookmark of now: all that was committed, and nothing that will be.
