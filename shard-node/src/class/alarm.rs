@@ -13,7 +13,8 @@ use crate::storage::StorageError;
 impl Context {
     /// Sets the alarm, instead of any that is set. A time that has passed is due at once.
     ///
-    /// In the alarm's own handler this counts when the handler has succeeded, in the commit that ends it.
+    /// In the alarm's own handler this counts when the handler has succeeded, in the commit that ends it; a
+    /// `transaction` of storage that fails there does not undo it.
     /// (<https://developers.cloudflare.com/durable-objects/api/alarms/>)
     ///
     /// # Errors

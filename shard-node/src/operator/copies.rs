@@ -73,23 +73,19 @@ impl Operator {
 
     async fn copy(&self, snapshot: &Snapshot) -> Result<File, Problem> {
         let mut file = spool_file(&self.spool).map_err(|error| no_spool(&error))?;
-        let mut chunk = Vec::with_capacity(CHUNK_BYTES + snapshot.page_bytes());
-        let mut page = vec![0; snapshot.page_bytes()];
-        for number in 1..=snapshot.pages() {
+        let at_once = u32::try_from(CHUNK_BYTES / snapshot.page_bytes()).unwrap_or(1);
+        let mut chunk = Vec::with_capacity(CHUNK_BYTES);
+        for first in (1..=snapshot.pages()).step_by(at_once as usize) {
+            chunk.clear();
             snapshot
-                .read(number, &mut page)
+                .read(first, at_once, &mut chunk)
                 .map_err(|error| unreadable(&error))?;
-            chunk.extend_from_slice(&page);
-            if chunk.len() >= CHUNK_BYTES || number == snapshot.pages() {
-                let full = std::mem::take(&mut chunk);
-                let wrote = tokio::task::spawn_blocking(move || {
-                    file.write_all(&full)?;
-                    Ok((file, full))
-                });
-                let wrote: io::Result<(File, Vec<u8>)> = joined(wrote.await);
-                (file, chunk) = wrote.map_err(|error| no_spool(&error))?;
-                chunk.clear();
-            }
+            let wrote = tokio::task::spawn_blocking(move || {
+                file.write_all(&chunk)?;
+                Ok((file, chunk))
+            });
+            let wrote: io::Result<(File, Vec<u8>)> = joined(wrote.await);
+            (file, chunk) = wrote.map_err(|error| no_spool(&error))?;
         }
         file.rewind().map_err(|error| no_spool(&error))?;
         Ok(file)

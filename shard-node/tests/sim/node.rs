@@ -472,11 +472,10 @@ pub(crate) fn database_files(disk: &SimDisk) -> Vec<FileId> {
 /// What a snapshot has, as stock SQLite reads it; `None` if it cannot be read any more.
 pub(crate) fn snapshot_dump(snapshot: &Snapshot) -> Option<Dump> {
     let mut bytes = Vec::new();
-    let mut page = vec![0; snapshot.page_bytes()];
-    for number in 1..=snapshot.pages() {
-        snapshot.read(number, &mut page).ok()?;
-        bytes.extend_from_slice(&page);
+    for first in (1..=snapshot.pages()).step_by(3) {
+        snapshot.read(first, 3, &mut bytes).ok()?;
     }
+    assert_eq!(bytes.len() as u64, snapshot.bytes());
     Some(bytes_dump(&bytes))
 }
 

@@ -52,11 +52,12 @@ impl Snapshot {
         self.database.lost.get()
     }
 
-    /// Reads a page, counted from 1, into a buffer of [`page_bytes`](Self::page_bytes).
+    /// Adds up to `count` pages to `pages`, from page `first` on, counted from 1. Those that are side by side
+    /// in the file are read at once.
     ///
     /// # Errors
     /// The file cannot be read, the log has lost the commit or needs its room, or the engine closes.
-    pub fn read(&self, number: u32, page: &mut [u8]) -> io::Result<()> {
+    pub fn read(&self, first: u32, count: u32, pages: &mut Vec<u8>) -> io::Result<()> {
         let engine = self.engine.upgrade();
         let engine = engine.filter(|engine| !engine.closing.get());
         let revoked = self.database.revoked.get() != self.revoked;
@@ -65,17 +66,32 @@ impl Snapshot {
                 "it was written to its file, or lost, before it was copied: try again",
             ));
         }
-        if let Some(changed) = self.changed.get(&number) {
-            page.copy_from_slice(changed);
-            return Ok(());
-        }
-        page.fill(0);
-        if number <= self.file_pages {
-            let at = u64::from(number - 1) * self.page_bytes as u64;
-            let Database {
-                id, shard, core, ..
-            } = &*self.database;
-            core.read_file(*id, *shard, page, at)?;
+        let end = first.saturating_add(count).min(self.pages + 1);
+        let mut number = first;
+        while number < end {
+            if let Some(changed) = self.changed.get(&number) {
+                pages.extend_from_slice(changed);
+                number += 1;
+                continue;
+            }
+            let next_changed = self.changed.range(number..end).next();
+            let run_end = next_changed.map_or(end, |(next, _)| *next);
+            let from = pages.len();
+            let bytes = (run_end - number) as usize * self.page_bytes;
+            // What the file does not have was never written.
+            pages.resize(from + bytes, 0);
+            let in_file = (self.file_pages + 1)
+                .saturating_sub(number)
+                .min(run_end - number);
+            if in_file > 0 {
+                let at = u64::from(number - 1) * self.page_bytes as u64;
+                let run = &mut pages[from..from + in_file as usize * self.page_bytes];
+                let Database {
+                    id, shard, core, ..
+                } = &*self.database;
+                core.read_file(*id, *shard, run, at)?;
+            }
+            number = run_end;
         }
         Ok(())
     }
