@@ -834,10 +834,12 @@ impl Life {
 /// Alarms of a random run, with deaths of the node; `SIM_ALARMS` says how many.
 #[test]
 fn every_alarm_is_handled_and_its_effect_is_there_once() {
-    let seed = std::env::var("SIM_SEED")
-        .map_or_else(|_| rand::rng().random(), |seed| seed.parse().unwrap());
+    crate::for_seeds(1, run_alarms);
+}
+
+#[expect(clippy::print_stdout, reason = "shown where a run is looked at")]
+fn run_alarms(seed: u64) {
     let count: usize = std::env::var("SIM_ALARMS").map_or(3000, |count| count.parse().unwrap());
-    println!("SIM_SEED={seed}");
     let mut random = SmallRng::seed_from_u64(seed);
     let mut world = World::new();
     let objects = 200;

@@ -225,13 +225,7 @@ fn no_crash_during_recovery_loses_or_splits_a_commit() {
 /// Long random runs with many crashes each.
 #[test]
 fn random_runs_lose_and_split_nothing() {
-    let first: u64 = std::env::var("SIM_SEED")
-        .ok()
-        .map_or_else(|| rand::rng().random(), |seed| seed.parse().unwrap());
-    for seed in first..first + 24 {
-        println!("seed {seed}: run with SIM_SEED={seed}");
-        random_run(seed);
-    }
+    crate::for_seeds(24, random_run);
 }
 
 fn random_run(seed: u64) {

@@ -28,18 +28,14 @@ struct Run {
 
 #[test]
 fn random_sql_does_what_stock_sqlite_does() {
-    let first: u64 = std::env::var("SIM_SEED")
-        .ok()
-        .map_or_else(|| rand::rng().random(), |seed| seed.parse().unwrap());
-    for seed in first..first + 40 {
-        println!("seed {seed}: run with SIM_SEED={seed}");
+    crate::for_seeds(40, |seed| {
         let mut run = Run::new(seed);
         for step in 0..150 {
             run.context = format!("seed {seed}, step {step}");
             run.step();
         }
         run.end();
-    }
+    });
 }
 
 impl Run {

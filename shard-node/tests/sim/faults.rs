@@ -127,13 +127,7 @@ fn a_failed_checkpoint_is_made_good() {
 /// Random operations fail, alone or in bouts, in long runs that also crash.
 #[test]
 fn random_faults_lose_and_split_nothing() {
-    let first: u64 = std::env::var("SIM_SEED")
-        .ok()
-        .map_or_else(|| rand::rng().random(), |seed| seed.parse().unwrap());
-    for seed in first..first + 24 {
-        println!("seed {seed}: run with SIM_SEED={seed}");
-        random_run(seed);
-    }
+    crate::for_seeds(24, random_run);
 }
 
 fn random_run(seed: u64) {

@@ -226,9 +226,10 @@ fn cron_goes_on_after_failures_and_keeps_to_its_policy_after_downtime() {
 /// Every schedule of a random run has run exactly once, as far as its own database knows.
 #[test]
 fn every_schedule_runs_once_through_deaths_of_the_node() {
-    let seed = std::env::var("SIM_SEED")
-        .map_or_else(|_| rand::rng().random(), |seed| seed.parse().unwrap());
-    println!("SIM_SEED={seed}");
+    crate::for_seeds(1, run_schedules);
+}
+
+fn run_schedules(seed: u64) {
     let mut random = SmallRng::seed_from_u64(seed);
     let mut world = World::new();
     let mut wanted: BTreeMap<String, u64> = BTreeMap::new();
