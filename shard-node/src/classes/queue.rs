@@ -163,7 +163,7 @@ impl Messages {
         if !self.is_prepared()? {
             return Ok(json!([]));
         }
-        self.give_up_expired()?;
+        self.expire()?;
         let now = self.context.unix_millis();
         // A lease is told from the next one of the same message by its attempt, and cannot be guessed.
         let leased = self.sql(
@@ -251,7 +251,7 @@ impl Messages {
         if !self.is_prepared()? {
             return Ok(json!({ "ready": 0, "delayed": 0, "leased": 0, "dead": 0 }));
         }
-        self.give_up_expired()?;
+        self.expire()?;
         let found = self.sql(
             "SELECT count(*) FILTER (WHERE at_ms <= ?1), \
                count(*) FILTER (WHERE at_ms > ?1 AND lease IS NULL), \
@@ -272,7 +272,7 @@ impl Messages {
         if !self.is_prepared()? {
             return Ok(json!([]));
         }
-        self.give_up_expired()?;
+        self.expire()?;
         let max = options.max.unwrap_or(RECEIVE_MAX);
         let found = self.sql(
             "SELECT id, body, attempts, NULL FROM messages WHERE at_ms IS NULL ORDER BY id LIMIT ?",
@@ -294,17 +294,21 @@ impl Messages {
         Ok((changed.rows_written > 0).into())
     }
 
-    /// Messages whose last lease ran out are dead.
-    fn give_up_expired(&self) -> Result<(), ClassError> {
+    /// Leases that ran out are none any more; a message that had its last one is dead.
+    fn expire(&self) -> Result<(), ClassError> {
         let now = time(self.context.unix_millis());
-        let values = [now, SqlValue::Integer(self.max_attempts()?)];
-        let expired = "FROM messages WHERE lease IS NOT NULL AND at_ms <= ?1 AND attempts >= ?2";
-        let any = self.sql(&format!("SELECT 1 {expired} LIMIT 1"), &values)?;
+        let expired = "FROM messages WHERE lease IS NOT NULL AND at_ms <= ?1";
+        let any = self.sql(
+            &format!("SELECT 1 {expired} LIMIT 1"),
+            std::slice::from_ref(&now),
+        )?;
         if !any.rows.is_empty() {
-            let ids = format!("SELECT id {expired}");
-            let give_up =
-                format!("UPDATE messages SET at_ms = NULL, lease = NULL WHERE id IN ({ids})");
-            self.sql(&give_up, &values)?;
+            let expire = format!(
+                "UPDATE messages SET lease = NULL, at_ms = CASE WHEN attempts < ?2 THEN at_ms END \
+                 WHERE id IN (SELECT id {expired})"
+            );
+            let attempts = SqlValue::Integer(self.max_attempts()?);
+            self.sql(&expire, &[now, attempts])?;
         }
         Ok(())
     }
@@ -312,8 +316,8 @@ impl Messages {
     /// The alarm rings when the first lease runs out.
     fn arm(&self) -> Result<(), ClassError> {
         let first = self.sql(
-            "SELECT min(at_ms) FROM messages WHERE lease IS NOT NULL AND at_ms > ?",
-            &[time(self.context.unix_millis())],
+            "SELECT min(at_ms) FROM messages WHERE lease IS NOT NULL",
+            &[],
         )?;
         match first.rows[0][0] {
             SqlValue::Integer(at) => {
@@ -365,7 +369,7 @@ impl Instance for Messages {
     }
 
     fn alarm(self: Rc<Self>, _info: AlarmInfo) -> Turn<()> {
-        Turn::Done(self.give_up_expired().and_then(|()| self.arm()))
+        Turn::Done(self.expire().and_then(|()| self.arm()))
     }
 }
 
