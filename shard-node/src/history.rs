@@ -94,10 +94,7 @@ impl History {
             if pack.last_ms < at.unix_millis && found != Found::Nothing {
                 break;
             }
-            let mut older = archive.records(&pack, file)?;
-            // A segment may be in both for a moment.
-            older.retain(|old| !records.iter().any(|known| is_same(known, old)));
-            records.extend(older);
+            records.extend(archive.records(&pack, file)?);
             read.push(pack);
         }
         check_whole(&mut read, self.worker, live_start)?;
@@ -137,10 +134,6 @@ impl History {
         let starts = found.segments.iter().map(|segment| segment.header.start);
         Ok((records, starts.min().unwrap_or(self.durable)))
     }
-}
-
-fn is_same(left: &Kept, right: &Kept) -> bool {
-    left.worker == right.worker && left.position == right.position
 }
 
 /// What was read of each worker follows without a gap, up to where the log begins. (A worker whose data
@@ -199,11 +192,13 @@ enum Found {
 }
 
 /// Puts records in order, and looks for what an object is rebuilt from.
-fn find_base(records: &mut [Kept], at: Bookmark) -> Result<Found, HistoryError> {
+fn find_base(records: &mut Vec<Kept>, at: Bookmark) -> Result<Found, HistoryError> {
     for kept in records.iter() {
         parse(kept)?;
     }
     records.sort_by_cached_key(|kept| bookmark_of(kept).ok());
+    // A segment may be in the log and in the archive for a moment.
+    records.dedup();
     let mut base = None;
     for (number, kept) in records.iter().enumerate() {
         let commit = parse(kept)?;

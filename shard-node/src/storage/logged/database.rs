@@ -65,8 +65,9 @@ impl Based {
         !self.previous.contains(&id) && self.current.insert(id)
     }
 
-    fn remove(&mut self, id: FileId) {
+    pub(super) fn remove(&mut self, id: FileId) {
         self.current.remove(&id);
+        self.previous.remove(&id);
     }
 }
 

@@ -198,6 +198,8 @@ impl Inner {
                 database.lost.set(true);
             }
             core.descriptors.borrow_mut().forget(*id);
+            // Its base may be lost, too: the next change writes another.
+            core.based.borrow_mut().remove(*id);
             core.notes.borrow_mut().remove(id);
             objects.extend(id.object());
         }
