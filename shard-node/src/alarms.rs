@@ -94,6 +94,7 @@ struct Inner {
     due: BTreeSet<(u64, ObjectId)>,
     objects: HashMap<ObjectId, Timer, Xxh3DefaultBuilder>,
     running: usize,
+    /// Those that wait after they were put off.
     postponed: usize,
 }
 
@@ -104,8 +105,8 @@ struct Timer {
     /// Where it stands in the queue: not before those that were due when it came.
     queued_ms: u64,
     running: bool,
-    /// It was due, and could not run because of the platform.
-    postponed: bool,
+    /// How often in a row it was due, and could not run because of the platform.
+    postponed: u32,
 }
 
 /// Timers at one moment.
@@ -151,16 +152,16 @@ impl Timers {
         }
         let before = *timer;
         inner.due.remove(&(before.queued_ms, id));
-        inner.postponed -= usize::from(before.postponed);
+        inner.postponed -= usize::from(before.postponed > 0);
         match next_ms {
             None => drop(inner.objects.remove(&id)),
-            Some(next) => self.queue(&mut inner, id, next, false),
+            Some(next) => self.queue(&mut inner, id, next, 0),
         }
     }
 
     /// Puts an object into the queue. One that sets its alarm into the past again and again waits for the
     /// others, too.
-    fn queue(&self, inner: &mut Inner, id: ObjectId, next_ms: u64, postponed: bool) {
+    fn queue(&self, inner: &mut Inner, id: ObjectId, next_ms: u64, postponed: u32) {
         let queued_ms = next_ms.max(self.clock.unix_millis());
         let timer = Timer {
             next_ms: Some(next_ms),
@@ -169,7 +170,7 @@ impl Timers {
             postponed,
         };
         inner.objects.insert(id, timer);
-        inner.postponed += usize::from(postponed);
+        inner.postponed += usize::from(postponed > 0);
         inner.due.insert((queued_ms, id));
         if inner.due.first() == Some(&(queued_ms, id)) {
             self.changed.notify_one();
@@ -194,26 +195,43 @@ impl Timers {
         }
         inner.due.pop_first();
         inner.running += 1;
-        let timer = Timer {
+        let timer = inner.objects.entry(id).or_default();
+        let postponed = timer.postponed;
+        *timer = Timer {
             running: true,
+            postponed,
             ..Timer::default()
         };
-        let before = inner.objects.insert(id, timer).unwrap_or_default();
-        inner.postponed -= usize::from(before.postponed);
+        inner.postponed -= usize::from(postponed > 0);
         Some(id)
     }
 
-    /// A handler is done, and runs again when it was set meanwhile; or it was put off until `again`, and
-    /// whatever was set meanwhile may not have been committed.
-    fn done(&self, id: ObjectId, again: Option<u64>) {
+    /// A handler is done, and runs again when it was set meanwhile.
+    fn done(&self, id: ObjectId) {
         let mut inner = self.inner.borrow_mut();
         inner.running -= 1;
         let timer = inner.objects.remove(&id).unwrap_or_default();
-        let next = timer.next_ms.into_iter().chain(again).min();
-        if let Some(next) = next {
-            self.queue(&mut inner, id, next, again.is_some());
+        if let Some(next) = timer.next_ms {
+            self.queue(&mut inner, id, next, 0);
         }
         self.changed.notify_one();
+    }
+
+    /// It could not run, because of the platform: it is tried again after a pause, each twice as long as
+    /// the one before. Whatever was set meanwhile may not have been committed. The pause.
+    fn postpone(&self, id: ObjectId) -> Duration {
+        let mut inner = self.inner.borrow_mut();
+        inner.running -= 1;
+        let timer = inner.objects.remove(&id).unwrap_or_default();
+        let pause = POSTPONE_FIRST
+            .saturating_mul(2u32.saturating_pow(timer.postponed))
+            .min(POSTPONE_MAX);
+        let pause_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
+        let again = self.clock.unix_millis().saturating_add(pause_ms);
+        let next = timer.next_ms.map_or(again, |next| next.min(again));
+        self.queue(&mut inner, id, next, timer.postponed.saturating_add(1));
+        self.changed.notify_one();
+        pause
     }
 
     fn first_due(&self) -> Option<u64> {
@@ -254,8 +272,6 @@ pub struct Runner {
     classes: Classes,
     ring: Arc<Ring>,
     config: AlarmsConfig,
-    /// How often an object's alarm was put off in a row, because of the platform.
-    postponed: RefCell<HashMap<ObjectId, u32>>,
 }
 
 impl Runner {
@@ -271,7 +287,6 @@ impl Runner {
             classes,
             ring,
             config,
-            postponed: RefCell::default(),
         })
     }
 
@@ -307,14 +322,14 @@ impl Runner {
     }
 
     async fn fire(self: Rc<Self>, id: ObjectId) {
-        let again = match self.try_fire(id).await {
-            Ok(()) => {
-                self.postponed.borrow_mut().remove(&id);
-                None
+        match self.try_fire(id).await {
+            Ok(()) => self.timers.done(id),
+            Err(problem) => {
+                let pause = self.timers.postpone(id);
+                debug!(object = %id, error = problem.detail, ?pause, "alarm put off");
+                self.metrics().alarms_postponed.increment(1);
             }
-            Err(problem) => Some(self.now() + self.postpone(id, &problem)),
-        };
-        self.timers.done(id, again);
+        }
     }
 
     /// An error is the platform's: the alarm is as it was.
@@ -353,19 +368,6 @@ impl Runner {
             Ok(().into())
         }));
         self.host.deliver(&address, record).await.map(drop)
-    }
-
-    /// The pause before the next try, in milliseconds.
-    fn postpone(&self, id: ObjectId, problem: &Problem) -> u64 {
-        let mut postponed = self.postponed.borrow_mut();
-        let times = postponed.entry(id).or_default();
-        let pause = POSTPONE_FIRST
-            .saturating_mul(2u32.saturating_pow(*times))
-            .min(POSTPONE_MAX);
-        *times += 1;
-        debug!(object = %id, error = problem.detail, ?pause, "alarm put off");
-        self.metrics().alarms_postponed.increment(1);
-        u64::try_from(pause.as_millis()).unwrap_or(u64::MAX)
     }
 
     fn address(&self, id: ObjectId) -> Result<Address, Problem> {

@@ -205,11 +205,11 @@ impl Checkpointer {
             }
             disk.sync_dir(log_directory)?;
             log.forget_first();
-            if let Some(archive) = archive
-                && let Err(error) = archive.prune(*worker, now)
-            {
-                warn!(error = %ops::Causes(&error), "the archive could not be pruned");
-            }
+        }
+        if let Some(archive) = archive
+            && let Err(error) = archive.prune(*worker, now)
+        {
+            warn!(error = %ops::Causes(&error), "the archive could not be pruned");
         }
         Ok(Done::Retired)
     }
