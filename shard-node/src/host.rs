@@ -481,6 +481,10 @@ impl Host {
                 break;
             }
             self.answer_overdue(object, now);
+            let operates = object.mailbox.borrow().operates_next();
+            if operates && !batch.is_empty() {
+                break;
+            }
             let Some(letter) = object.mailbox.borrow_mut().pop() else {
                 break;
             };
@@ -494,7 +498,7 @@ impl Host {
             if let Some(finished) = self.start_turn(object, letter) {
                 let resets = matches!(finished.result, Err(Failure::Reset(_)));
                 batch.push(finished);
-                if resets {
+                if resets || operates {
                     break;
                 }
             }

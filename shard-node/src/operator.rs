@@ -331,12 +331,13 @@ impl Operator {
         }
         self.row(object).await?;
         let now = self.clock.unix_millis();
-        let undo = self.engine.bookmark();
+        let engine = self.engine.clone();
         let rows = self.turn(object, move |context| {
             let storage = context.storage();
             if !body.write {
                 return storage.read_only(|| sql::run(storage, &body.sql, body.params));
             }
+            let undo = engine.bookmark();
             let rows = sql::run(storage, &body.sql, body.params)?;
             let detail = format!("{}, undo with {undo}", body.sql);
             audit::note(context, now, "sql", &body.who, &body.why, &detail)?;

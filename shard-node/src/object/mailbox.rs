@@ -79,6 +79,13 @@ impl Mailbox {
         Ok(())
     }
 
+    /// The next letter is a turn of the system, which has a commit of its own: a bookmark before it says
+    /// exactly what was before it.
+    pub(crate) fn operates_next(&self) -> bool {
+        let next = self.letters.front();
+        next.is_some_and(|letter| matches!(letter.event, Event::Operate(_)))
+    }
+
     pub(crate) fn pop(&mut self) -> Option<Letter> {
         self.letters.pop_front()
     }
