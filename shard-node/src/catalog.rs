@@ -15,9 +15,9 @@ use rusqlite::types::ToSqlOutput;
 use rusqlite::{Connection, OptionalExtension, ToSql, params};
 use serde::{Deserialize, Serialize};
 
-use crate::alarm::{AlarmState, DeadLetter, Pending};
+use crate::alarm::AlarmState;
 use crate::commit_log::record::{FileId, Named};
-use crate::storage::{Opened, successor};
+use crate::storage::{Opened, alarm_of, successor};
 
 /// `used` is kept to within this time (as file systems do with `relatime`): an object that only reads
 /// costs no write.
@@ -379,29 +379,12 @@ impl Catalogs {
     }
 }
 
-const COLUMNS: &str = "id, class, name, bytes, created_ms, used_ms, alarm_ms, alarm_scheduled_ms, \
-     alarm_retries, dead_ms, dead_scheduled_ms, dead_error";
+const COLUMNS: &str = "id, class, name, bytes, created_ms, used_ms, alarm_scheduled_ms, alarm_ms, \
+     alarm_retries, dead_scheduled_ms, dead_ms, dead_error";
 
 fn row(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
     let id: Vec<u8> = row.get(0)?;
     let name: String = row.get(2)?;
-    let number = |at| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(at)?.map(unsigned));
-    let pending = match (number(6)?, number(7)?) {
-        (Some(next_ms), Some(scheduled_ms)) => Some(Pending {
-            scheduled_ms,
-            next_ms,
-            retries: row.get(8)?,
-        }),
-        _ => None,
-    };
-    let dead = match (number(9)?, number(10)?) {
-        (Some(failed_ms), Some(scheduled_ms)) => Some(DeadLetter {
-            scheduled_ms,
-            failed_ms,
-            error: row.get(11)?,
-        }),
-        _ => None,
-    };
     Ok(Row {
         id: FileId::from_slice(&id).map_or_else(String::new, |id| id.to_string()),
         class: row.get(1)?,
@@ -409,7 +392,7 @@ fn row(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
         bytes: unsigned(row.get(3)?),
         created_ms: unsigned(row.get(4)?),
         used_ms: unsigned(row.get(5)?),
-        alarm: AlarmState { pending, dead },
+        alarm: alarm_of(row, 6)?,
     })
 }
 

@@ -44,7 +44,7 @@ pub use plain_files::PlainFiles;
 pub use rusqlite::types::Value as SqlValue;
 pub use sql::Rows;
 
-pub(crate) use alarm::NumberedAlarm;
+pub(crate) use alarm::{NumberedAlarm, alarm_of};
 pub(crate) use kv::successor;
 
 use crate::alarms::Timers;

@@ -107,36 +107,40 @@ pub(super) fn stored_alarm(connection: &Connection) -> rusqlite::Result<Numbered
         "SELECT number, scheduled_ms, next_ms, retries, dead_scheduled_ms, dead_ms, dead_error \
          FROM _dormouse_alarm",
     )?
-    .query_row([], row)
+    .query_row([], |row| {
+        Ok(NumberedAlarm {
+            number: row.get(0)?,
+            state: alarm_of(row, 1)?,
+        })
+    })
     .optional()?;
     Ok(found.unwrap_or_default())
 }
 
-fn row(row: &rusqlite::Row<'_>) -> rusqlite::Result<NumberedAlarm> {
-    let time = |at| {
-        let time: Option<i64> = row.get(at)?;
+/// The six columns of an alarm, from `first` on: when it was scheduled, when it runs next, its retries; when
+/// the dead letter was scheduled, when it failed, its error.
+pub(crate) fn alarm_of(row: &rusqlite::Row<'_>, first: usize) -> rusqlite::Result<AlarmState> {
+    let time = |at: usize| {
+        let time: Option<i64> = row.get(first + at)?;
         Ok::<_, rusqlite::Error>(time.map(|time| u64::try_from(time).unwrap_or(0)))
     };
-    let pending = match (time(1)?, time(2)?) {
+    let pending = match (time(0)?, time(1)?) {
         (Some(scheduled_ms), Some(next_ms)) => Some(Pending {
             scheduled_ms,
             next_ms,
-            retries: row.get(3)?,
+            retries: row.get(first + 2)?,
         }),
         _ => None,
     };
-    let dead = match (time(4)?, time(5)?) {
+    let dead = match (time(3)?, time(4)?) {
         (Some(scheduled_ms), Some(failed_ms)) => Some(DeadLetter {
             scheduled_ms,
             failed_ms,
-            error: row.get(6)?,
+            error: row.get(first + 5)?,
         }),
         _ => None,
     };
-    Ok(NumberedAlarm {
-        number: row.get(0)?,
-        state: AlarmState { pending, dead },
-    })
+    Ok(AlarmState { pending, dead })
 }
 
 fn signed(number: u64) -> i64 {
