@@ -8,6 +8,8 @@
 //! Invariants: an object is in the table at most once per id; it is in the run queue if its mailbox is not
 //! empty and it may start a turn; it leaves the table only when idle, or broken.
 
+mod turn;
+
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
@@ -18,21 +20,20 @@ use std::task::{self, Poll, Waker};
 use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
-use protocol::{ClassName, ErrorCode, LogPosition, ObjectId, ObjectName, Problem, ShardId};
+use protocol::{ErrorCode, LogPosition, ObjectId, ObjectName, Problem, ShardId};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tracing::warn;
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
-use crate::alarm::AlarmInfo;
-use crate::alarms::{AlarmsConfig, Firing, Timers};
-use crate::class::{AlarmHandler, Class, ClassError, Context, Json, Turn};
+use crate::alarms::{AlarmsConfig, Timers};
+use crate::class::{Class, ClassError, Context, Turn};
 use crate::clock::Clock;
 use crate::config::{MailboxConfig, ObjectsConfig};
 use crate::metrics::Metrics;
 use crate::object::mailbox::{Answer, Event, Letter, Mailbox, Reply};
 use crate::object::{Failure, Object, drop_class_code};
-use crate::storage::{Engine, Identity, NumberedAlarm, SqlConfig, Storage, StorageError};
+use crate::storage::{Engine, Identity, SqlConfig, Storage, StorageError};
 use crate::worker::or_abort;
 
 /// Turns of one object before the next object has its turn, and the time after which it has it anyway.
@@ -652,114 +653,6 @@ enum Look {
     /// Its object is idle, but was used after the entry was queued.
     UsedSince,
     Busy,
-}
-
-impl Host {
-    /// Hands an event to the instance.
-    fn begin(&self, object: &Object, event: Event) -> Result<Turn<Reply>, ClassError> {
-        Ok(match event {
-            Event::Fetch(request) => map_turn(object.instance()?.fetch(request), Reply::Response),
-            Event::Call { method, args } => {
-                let instance = object.instance()?;
-                let methods = object.class.methods();
-                if !methods.contains(&method.as_ref()) {
-                    return Err(no_method(object.class.name(), &method, methods));
-                }
-                map_turn(instance.call(&method, args), Reply::Value)
-            }
-            Event::Alarm(firing) => map_turn(self.begin_alarm(object, &firing)?, |()| {
-                Reply::Value(Json::Null)
-            }),
-            Event::Operate(operation) => Turn::Done(operation(&object.context).map(Reply::Value)),
-        })
-    }
-
-    /// Runs the alarm's handler if the alarm is due, and takes the alarm away with its success.
-    fn begin_alarm(&self, object: &Object, firing: &Firing) -> Result<Turn<()>, ClassError> {
-        let context = &object.context;
-        let mut alarm = context.storage().alarm()?;
-        let is_due = |alarm: &NumberedAlarm| {
-            let pending = alarm.state.pending;
-            pending.is_some_and(|pending| pending.next_ms <= context.unix_millis())
-        };
-        let instance = if is_due(&alarm) {
-            let instance = object.instance()?;
-            // Its constructor may have set another.
-            alarm = context.storage().alarm()?;
-            Some(instance)
-        } else {
-            None
-        };
-        let due = alarm
-            .state
-            .pending
-            .filter(|pending| pending.next_ms <= context.unix_millis());
-        let (Some(due), Some(instance)) = (due, instance) else {
-            // It was changed, or never became durable.
-            let next_ms = alarm.state.pending.map(|pending| pending.next_ms);
-            self.timers.set(object.id(), next_ms);
-            return Ok(Turn::Done(Ok(())));
-        };
-        self.timers.count_begun(due.next_ms);
-        firing.number.set(Some(alarm.number));
-        context.begin_alarm(alarm.number);
-        let info = AlarmInfo {
-            scheduled_ms: due.scheduled_ms,
-            retry_count: due.retries,
-        };
-        let class = object.class.name().clone();
-        let metrics = Rc::clone(&self.metrics);
-        Ok(match context.in_alarm(|| instance.alarm(info)) {
-            Turn::Done(Ok(())) => {
-                let idle = !context.storage().has_written();
-                context.end_alarm()?;
-                metrics.alarm(&class, if idle { "idle" } else { "done" });
-                Turn::Done(Ok(()))
-            }
-            Turn::Done(Err(error)) => {
-                context.drop_alarm_run();
-                Turn::Done(Err(error))
-            }
-            Turn::Running(handler) => {
-                let run_time_max = self.config.alarms.run_time_max;
-                let context = context.clone();
-                let handler = AlarmHandler {
-                    context: context.clone(),
-                    handler,
-                };
-                Turn::run(async move {
-                    let ended = tokio::time::timeout(run_time_max, handler).await;
-                    context.drop_alarm_run();
-                    ended.unwrap_or_else(|_| Err(ran_too_long(run_time_max)))?;
-                    metrics.alarm(&class, "done");
-                    Ok(())
-                })
-            }
-        })
-    }
-}
-
-fn ran_too_long(run_time_max: Duration) -> ClassError {
-    ClassError::Thrown {
-        name: "TimeoutError".to_owned(),
-        message: format!(
-            "the alarm handler ran longer than alarms.run_time_max = {run_time_max:?}"
-        ),
-    }
-}
-
-fn no_method(class: &ClassName, method: &str, methods: &[&str]) -> ClassError {
-    ClassError::NotFound(format!(
-        "class {class} has no method {method:?}; it has {}",
-        methods.join(", ")
-    ))
-}
-
-fn map_turn<T: 'static>(turn: Turn<T>, into: fn(T) -> Reply) -> Turn<Reply> {
-    match turn {
-        Turn::Done(result) => Turn::Done(result.map(into)),
-        Turn::Running(future) => Turn::run(async move { future.await.map(into) }),
-    }
 }
 
 /// The rest of a turn that awaits something.
