@@ -16,22 +16,26 @@
 //! | … | the records |
 //!
 //! Names sort by time: `{worker}/{first time}-{first position}.pack`. Numbers are little-endian.
+//!
+//! Databases that are too large for the log are beside the packs as they were at times, see [`snapshots`].
 
-use std::collections::BTreeMap;
+mod snapshots;
+
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
-use std::path::{Path as FilePath, PathBuf};
-use std::sync::Arc;
+use std::path::Path as FilePath;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::TryStreamExt;
-use object_store::local::LocalFileSystem;
-use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
 use protocol::LogPosition;
 use serde::{Deserialize, Serialize};
 
+pub use snapshots::Snapshot;
+pub(crate) use snapshots::every as snapshots_every;
+
 use crate::commit_log::record::{self, Commit, FileId, Record};
+use crate::store::{S3_SCHEME, Store, StoreError};
 
 const MAGIC: [u8; 8] = *b"DORMPACK";
 const VERSION: u32 = 1;
@@ -43,15 +47,15 @@ const HEADER_BYTES: usize = 72;
 pub struct ArchiveConfig {
     /// Keep what leaves the commit log. Without it no object can be restored to an earlier time.
     pub enabled: bool,
-    /// Where. Empty: `archive` below the data directory.
-    pub directory: PathBuf,
+    /// Where: a directory, or `s3://bucket/prefix`. Empty: `archive` below the data directory.
+    pub location: String,
     /// Objects can be restored to any time since so long ago.
     #[serde(with = "humantime_serde")]
     pub window: Duration,
     /// Most bytes that are kept, per worker; the oldest go first, whatever the window.
     pub bytes_max: u64,
     /// An object's database up to this size is written to the log whole once a day, if it changes: a restore
-    /// begins there. Larger ones cannot be restored yet.
+    /// begins there. Larger ones are copied to the archive, after at most a week.
     pub base_bytes_max: u64,
 }
 
@@ -59,7 +63,7 @@ impl Default for ArchiveConfig {
     fn default() -> Self {
         Self {
             enabled: true,
-            directory: PathBuf::new(),
+            location: String::new(),
             window: Duration::from_secs(30 * 86_400),
             bytes_max: 10 << 30,
             base_bytes_max: 1 << 20,
@@ -89,13 +93,26 @@ impl ArchiveConfig {
         }
         Ok(())
     }
+
+    /// Where the archive of a node is whose data are there.
+    pub(crate) fn place(&self, data_dir: &FilePath) -> String {
+        if self.location.is_empty() {
+            return data_dir.join("archive").to_string_lossy().into_owned();
+        }
+        self.location.clone()
+    }
+
+    /// Whether a data directory does not hold it.
+    pub fn is_elsewhere(&self) -> bool {
+        self.location.starts_with(S3_SCHEME)
+    }
 }
 
 /// Why the archive did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
     #[error("the archive cannot be used")]
-    Store(#[from] object_store::Error),
+    Store(#[from] StoreError),
     #[error("{name} in the archive is damaged: {what}")]
     Damaged { name: String, what: String },
     #[error(
@@ -111,14 +128,16 @@ pub enum ArchiveError {
 /// Packs of one worker, or of all that there are.
 #[derive(Clone)]
 pub struct Archive {
-    store: Arc<dyn ObjectStore>,
+    store: Store,
     config: ArchiveConfig,
+    /// Headers that were read, by name, some 150 bytes each: packs never change.
+    headers: Arc<Mutex<HashMap<String, (u64, Pack)>>>,
 }
 
 /// A pack, as its name and header tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Pack {
-    name: Path,
+    name: String,
     pub(crate) worker: u16,
     pub(crate) start: LogPosition,
     pub(crate) end: LogPosition,
@@ -129,35 +148,22 @@ pub(crate) struct Pack {
     crc: u32,
 }
 
-/// A record as it was in the log.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Kept {
-    pub(crate) worker: u16,
-    pub(crate) position: LogPosition,
-    pub(crate) bytes: Vec<u8>,
-}
-
 impl Archive {
     /// The archive of a node whose data are there; `None` if it keeps none.
     pub fn open(config: &ArchiveConfig, data_dir: &FilePath) -> Result<Option<Self>, ArchiveError> {
         if !config.enabled {
             return Ok(None);
         }
-        let directory = if config.directory.as_os_str().is_empty() {
-            data_dir.join("archive")
-        } else {
-            config.directory.clone()
-        };
-        std::fs::create_dir_all(&directory).map_err(|source| object_store::Error::Generic {
-            store: "directory",
-            source: source.into(),
-        })?;
-        let store = LocalFileSystem::new_with_prefix(&directory)?.with_fsync(true);
-        Ok(Some(Self::new(Arc::new(store), config.clone())))
+        let store = Store::open(&config.place(data_dir))?;
+        Ok(Some(Self::new(store, config.clone())))
     }
 
-    pub fn new(store: Arc<dyn ObjectStore>, config: ArchiveConfig) -> Self {
-        Self { store, config }
+    pub fn new(store: Store, config: ArchiveConfig) -> Self {
+        Self {
+            store,
+            config,
+            headers: Arc::default(),
+        }
     }
 
     pub fn config(&self) -> &ArchiveConfig {
@@ -182,36 +188,48 @@ impl Archive {
             }
         };
         let (name, bytes) = pack(worker, start, records, times);
-        pollster::block_on(self.store.put(&name, PutPayload::from(bytes)))?;
+        self.store.put(&name, bytes)?;
         Ok(())
     }
 
     /// All packs, oldest first, by what their names and headers tell. Blocks.
     pub(crate) fn packs(&self, worker: Option<u16>) -> Result<Vec<Pack>, ArchiveError> {
-        let prefix = worker.map(|worker| Path::from(directory(worker)));
-        pollster::block_on(async {
-            let listed: Vec<_> = self.store.list(prefix.as_ref()).try_collect().await?;
-            let mut packs = Vec::with_capacity(listed.len());
-            for object in listed {
-                if object.location.extension() != Some("pack") {
-                    continue;
-                }
-                packs.push(self.header(object.location, object.size).await?);
+        let directory = worker.map(directory).unwrap_or_default();
+        let listed = self.store.list(&directory)?;
+        let mut packs = Vec::with_capacity(listed.len());
+        for (name, size) in listed {
+            if name.ends_with(".pack") {
+                packs.push(self.header(name, size)?);
             }
-            packs.sort_by_key(|pack| (pack.first_ms, pack.worker, pack.start));
-            Ok(packs)
-        })
+        }
+        packs.sort_by_key(|pack| (pack.first_ms, pack.worker, pack.start));
+        Ok(packs)
     }
 
-    async fn header(&self, name: Path, size: u64) -> Result<Pack, ArchiveError> {
+    fn header(&self, name: String, size: u64) -> Result<Pack, ArchiveError> {
+        let known = self.headers().get(&name).cloned();
+        if let Some((_, pack)) = known.filter(|(known, _)| *known == size) {
+            return Ok(pack);
+        }
+        let pack = self.read_header(name, size)?;
+        self.headers()
+            .insert(pack.name.clone(), (size, pack.clone()));
+        Ok(pack)
+    }
+
+    fn headers(&self) -> std::sync::MutexGuard<'_, HashMap<String, (u64, Pack)>> {
+        self.headers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_header(&self, name: String, size: u64) -> Result<Pack, ArchiveError> {
         let damaged = |what: &str| ArchiveError::Damaged {
-            name: name.to_string(),
+            name: name.clone(),
             what: what.to_owned(),
         };
         if size < HEADER_BYTES as u64 {
             return Err(damaged("it is shorter than its header"));
         }
-        let bytes = self.store.get_range(&name, 0..HEADER_BYTES as u64).await?;
+        let bytes = self.store.get_range(&name, 0..HEADER_BYTES as u64)?;
         if bytes.len() != HEADER_BYTES || bytes[..8] != MAGIC {
             return Err(damaged("it does not begin like a pack"));
         }
@@ -238,21 +256,25 @@ impl Archive {
         })
     }
 
-    /// The records of one object in a pack, in order. Blocks.
-    pub(crate) fn records(&self, pack: &Pack, file: FileId) -> Result<Vec<Kept>, ArchiveError> {
+    /// Gives `each` the records of one object in a pack, in order. Blocks.
+    pub(crate) fn records<E: From<ArchiveError>>(
+        &self,
+        pack: &Pack,
+        file: FileId,
+        mut each: impl FnMut(LogPosition, &Commit<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
         let damaged = |what: String| ArchiveError::Damaged {
-            name: pack.name.to_string(),
+            name: pack.name.clone(),
             what,
         };
         let offsets = {
             let head = self.range(pack, 0..pack.index.end)?;
             if crc32c::crc32c(&head[16..]) != pack.crc {
-                return Err(damaged("its index does not match its checksum".to_owned()));
+                return Err(damaged("its index does not match its checksum".to_owned()).into());
             }
             let index = &head[HEADER_BYTES..];
             offsets_of(index, file).ok_or_else(|| damaged("its index breaks off".to_owned()))?
         };
-        let mut kept = Vec::with_capacity(offsets.len());
         let mut window: (u64, Bytes) = (0, Bytes::new());
         for offset in offsets.into_iter().map(u64::from) {
             // Its length comes first; most records are short and lie close together.
@@ -268,19 +290,16 @@ impl Archive {
             let bytes = window.1.get(at..at + length as usize).unwrap_or_default();
             let position = LogPosition(pack.start.0 + offset);
             match record::read(bytes, position) {
-                Ok((Record::Commit(commit), _)) if commit.head.file == file => kept.push(Kept {
-                    worker: pack.worker,
-                    position,
-                    bytes: bytes.to_vec(),
-                }),
+                Ok((Record::Commit(commit), _)) if commit.head.file == file => {
+                    each(position, &commit)?;
+                }
                 _ => {
-                    return Err(damaged(format!(
-                        "the record at log position {position} is not whole"
-                    )));
+                    let what = format!("the record at log position {position} is not whole");
+                    return Err(damaged(what).into());
                 }
             }
         }
-        Ok(kept)
+        Ok(())
     }
 
     /// Records from `offset` on, at least `bytes` of them if there are so many: those at hand, or others.
@@ -301,26 +320,30 @@ impl Archive {
     }
 
     fn range(&self, pack: &Pack, range: Range<u64>) -> Result<Bytes, ArchiveError> {
-        if range.is_empty() {
-            return Ok(Bytes::new());
-        }
-        Ok(pollster::block_on(self.store.get_range(&pack.name, range))?)
+        Ok(self.store.get_range(&pack.name, range)?)
     }
 
-    /// Removes packs that are older than the window, and a day more, in which the restores to its beginning
+    /// Removes what is older than the window, and the time before it in which the restores to its beginning
     /// have their base; also the oldest while a worker's are too many. Blocks.
     pub(crate) fn prune(&self, worker: u16, now: u64) -> Result<(), ArchiveError> {
-        let packs = self.packs(Some(worker))?;
-        let window = self.config.window + BASE_EVERY;
+        let packs = self.packs(Some(worker))?.into_iter();
+        let packs = packs.map(|pack| (pack.last_ms, pack.records.end, pack.name));
+        let snapshots = self.snapshots_of_worker(worker)?.into_iter();
+        let snapshots =
+            snapshots.map(|found| (found.bookmark.unix_millis, found.bytes, found.name));
+        let mut files: Vec<(u64, u64, String)> = packs.chain(snapshots).collect();
+        files.sort_unstable();
+        let window = self.config.window + BASE_AGE_MAX;
         let window = u64::try_from(window.as_millis()).unwrap_or(u64::MAX);
-        let mut bytes: u64 = packs.iter().map(|pack| pack.records.end).sum();
-        for pack in packs {
-            let old = pack.last_ms.saturating_add(window) < now;
-            if !old && bytes <= self.config.bytes_max {
+        let mut sum: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();
+        for (last_ms, bytes, name) in files {
+            let old = last_ms.saturating_add(window) < now;
+            if !old && sum <= self.config.bytes_max {
                 break;
             }
-            bytes -= pack.records.end;
-            pollster::block_on(self.store.delete(&pack.name))?;
+            sum -= bytes;
+            self.store.delete(&name)?;
+            self.headers().remove(&name);
         }
         Ok(())
     }
@@ -329,8 +352,16 @@ impl Archive {
 /// Read at once, where records lie close together.
 const WINDOW_BYTES: u64 = 256 << 10;
 
-/// A database that changes is written whole to the log again after this time.
-pub(crate) const BASE_EVERY: Duration = Duration::from_secs(86_400);
+/// A database that changes is written whole to the log again after this time: twice as much after the last
+/// time at the most.
+pub(crate) const BASE_EVERY: Duration = Duration::from_secs(43_200);
+
+/// A database that changes has a base, in the log or beside it, that is at most so old.
+const BASE_AGE_MAX: Duration = Duration::from_secs(8 * 86_400);
+const _: () = assert!(
+    BASE_EVERY.as_secs() * 2 <= BASE_AGE_MAX.as_secs()
+        && snapshots::EVERY_MAX.as_secs() < BASE_AGE_MAX.as_secs()
+);
 
 fn directory(worker: u16) -> String {
     format!("{worker:05}")
@@ -369,7 +400,7 @@ fn pack(
     start: LogPosition,
     records: &[u8],
     (first_ms, last_ms): (u64, u64),
-) -> (Path, Vec<u8>) {
+) -> (String, Vec<u8>) {
     let mut index: BTreeMap<FileId, Vec<u32>> = BTreeMap::new();
     let at = each_commit(start, records, |offset, commit| {
         if !commit.head.file.is_catalog() {
@@ -405,7 +436,7 @@ fn pack(
     bytes[12..16].copy_from_slice(&crc.to_le_bytes());
     bytes.extend_from_slice(&records[..kept]);
     let name = format!("{}/{first_ms:013}-{:016x}.pack", directory(worker), start.0);
-    (Path::from(name), bytes)
+    (name, bytes)
 }
 
 /// Where the records of an object are; `None` if the index is not whole.

@@ -291,6 +291,11 @@ fn write(disk: &dyn Disk, batch: &[Flush], names: &mut Names) -> io::Result<()> 
     Ok(())
 }
 
+/// Makes the directories of a database durably there.
+pub(crate) fn create_parents(disk: &dyn Disk, path: &Path) -> io::Result<()> {
+    create_dirs(disk, parent(path), DEPTH)
+}
+
 /// Where a database is.
 pub(crate) fn path(shards: &Path, shard: ShardId, file: FileId) -> PathBuf {
     let mut path = shards.join(shard.to_string());

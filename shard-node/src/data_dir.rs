@@ -58,6 +58,16 @@ struct Manifest {
 
 const MANIFEST: &str = "node.json";
 
+const SPOOL: &str = "spool";
+
+/// Makes an empty directory, whatever was there.
+fn empty(directory: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => std::fs::create_dir(directory),
+    }
+}
+
 impl DataDir {
     /// Creates the directory if need be, locks it, and checks that it fits the ring.
     pub fn open(path: &Path, shards: u16) -> Result<Self, DataDirError> {
@@ -82,6 +92,7 @@ impl DataDir {
             }
             Err(error) => return Err(io("reading")(error)),
         }
+        empty(&path.join(SPOOL)).map_err(io("writing"))?;
         Ok(Self {
             path: path.to_owned(),
             _lock: lock,
@@ -105,6 +116,11 @@ impl DataDir {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// A directory for files on their way in or out, which nobody needs after this process.
+    pub fn spool(&self) -> PathBuf {
+        self.path.join(SPOOL)
     }
 
     /// The disk that the databases are on. One for each that syncs: a failed write is reported once per

@@ -32,6 +32,9 @@ pub trait Disk: Send + Sync + 'static {
 
     fn remove_file(&self, path: &Path) -> io::Result<()>;
 
+    /// Gives a file another name, on the same file system; what had that name is gone.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
     /// Makes the names in a directory durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
 
@@ -103,6 +106,10 @@ impl Disk for RealDisk {
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
         std::fs::remove_file(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        std::fs::rename(from, to)
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {

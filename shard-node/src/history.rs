@@ -1,19 +1,25 @@
 //! One object as it was: its records in the archive and in the log, put together again.
 //!
-//! A database that changes is written to the log whole once a day, as it was before the change (a *base*).
-//! To know it at a time, take the last base before that time and apply the commits that follow it; or,
-//! if the first base comes later, that base itself, if nothing had changed since the time.
+//! A database that changes is written to the log whole once a day, as it was before the change, or, if it
+//! is large, copied to the archive from time to time (a *base*, either). To know it at a time, take the last
+//! base before that time and apply the commits that follow it; or, if the first base in the log comes
+//! later, that base itself, if nothing had changed since the time.
+//!
+//! Neither records nor pages are held in memory: both are put into files.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use protocol::{Bookmark, LogPosition};
+use tempfile::NamedTempFile;
 
-use crate::archive::{Archive, ArchiveError, Kept, Pack};
-use crate::commit_log::record::{self, Commit, FileId, Record};
+use crate::archive::{Archive, ArchiveError, Pack, Snapshot};
+use crate::commit_log::record::{self, Change, Commit, FileId, Record};
 use crate::commit_log::replay::{ReplayError, replay};
 use crate::disk::Disk;
-use crate::storage::overlay::{Overlay, Place};
 
 /// Why an object cannot be shown as it was.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +38,9 @@ pub enum HistoryError {
     Log(#[from] ReplayError),
     #[error("what is kept of the object contradicts itself at log position {0}")]
     Contradiction(LogPosition),
+    /// Of the files that hold what was found.
+    #[error("the copy of the object as it was cannot be written")]
+    Spool(#[from] io::Error),
 }
 
 /// Where the records of one object are. May be used on any thread.
@@ -50,21 +59,28 @@ pub struct History {
 }
 
 /// An object as it was.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum AsOf {
     /// Nothing has changed since.
     AsItIs,
-    /// Its pages, one after the other.
-    Database(Vec<u8>),
+    Database(Past),
+}
+
+/// A database of an earlier time, in a file that goes with this.
+#[derive(Debug)]
+pub struct Past {
+    /// At its beginning.
+    pub file: NamedTempFile,
+    pub bytes: u64,
 }
 
 /// A segment may leave the log for the archive between a look at one and at the other.
 const TRIES: u32 = 5;
 
 impl History {
-    /// The database at a bookmark. Blocks, and reads what it needs of archive and log.
-    pub fn database_at(&self, at: Bookmark) -> Result<AsOf, HistoryError> {
-        let file = self.file;
+    /// The database at a bookmark. Blocks, and reads what it needs of archive and log; keeps its files in
+    /// `spool`.
+    pub fn database_at(&self, at: Bookmark, spool: &Path) -> Result<AsOf, HistoryError> {
         let archive = self.archive.as_ref().ok_or(HistoryError::NoArchive)?;
         if at > self.now {
             return Err(HistoryError::Future {
@@ -78,34 +94,46 @@ impl History {
         let mut tries = 0;
         let live = loop {
             tries += 1;
-            match self.live_records(file) {
-                Err(_) if tries < TRIES => {}
+            match self.live_records(spool) {
+                Err(HistoryError::Log(_)) if tries < TRIES => {}
                 live => break live?,
             }
         };
-        let (live, live_start) = live;
+        let (mut records, live_start) = live;
+        let mut snapshots = archive.snapshots(self.file)?;
+        records.snapshot = snapshots.pop_if(|last| last.bookmark <= at);
+        while records.snapshot.is_none() && snapshots.pop().is_some() {
+            records.snapshot = snapshots.pop_if(|last| last.bookmark <= at);
+        }
         let mut packs = archive.packs(None)?;
         packs.sort_by_key(|pack| std::cmp::Reverse((pack.last_ms, pack.start)));
-        let mut records = live;
         let mut read = Vec::new();
         for pack in packs {
-            // All that is later than the time must be known; then older ones until there is a base.
-            let found = find_base(&mut records, at)?;
-            if pack.last_ms < at.unix_millis && found != Found::Nothing {
+            // All that is later than the time must be known; then older ones until there is a base, and
+            // everything since that.
+            let reached = match records.find(at) {
+                Found::Nothing => None,
+                Found::Snapshot => records.snapshot.as_ref().map(|base| base.bookmark),
+                Found::Unchanged | Found::Base(_) | Found::NotYet => Some(at),
+            };
+            if reached.is_some_and(|reached| pack.last_ms < reached.unix_millis) {
                 break;
             }
-            records.extend(archive.records(&pack, file)?);
+            archive.records(&pack, self.file, |position, commit| {
+                records.keep(pack.worker, position, commit)
+            })?;
             read.push(pack);
         }
         check_whole(&mut read, self.worker, live_start)?;
-        match find_base(&mut records, at)? {
+        match records.find(at) {
             Found::Unchanged => Ok(AsOf::AsItIs),
-            Found::Base(first) => rebuild(&records[first..], at),
+            Found::Snapshot => records.rebuild(None, at, archive, spool),
+            Found::Base(first) => records.rebuild(Some(first), at, archive, spool),
             Found::NotYet => Err(HistoryError::DidNotExist(at)),
             Found::Nothing => Err(HistoryError::OutOfWindow {
                 asked: at,
-                first: match (records.first(), self.changed) {
-                    (Some(first), _) => bookmark_of(first)?,
+                first: match (records.kept.first(), self.changed) {
+                    (Some(first), _) => first.bookmark,
                     (None, Some(changed)) => changed,
                     (None, None) => return Err(HistoryError::DidNotExist(at)),
                 },
@@ -114,23 +142,25 @@ impl History {
     }
 
     /// What the log has of an object, and where the log begins.
-    fn live_records(&self, file: FileId) -> Result<(Vec<Kept>, LogPosition), ReplayError> {
-        let mut records = Vec::new();
+    fn live_records(&self, spool: &Path) -> Result<(Records, LogPosition), HistoryError> {
+        let mut records = Records::new(spool)?;
+        let mut failed = None;
         let found = replay(
             &*self.disk,
             &self.log_directory,
             Some(self.durable),
             |position, _, commit| {
-                if commit.head.file == file {
-                    records.push(Kept {
-                        worker: self.worker,
-                        position,
-                        bytes: commit.raw.to_vec(),
-                    });
+                if commit.head.file == self.file
+                    && let Err(error) = records.keep(self.worker, position, commit)
+                {
+                    failed = Some(error);
                 }
                 Ok(())
             },
         )?;
+        if let Some(error) = failed {
+            return Err(error);
+        }
         let starts = found.segments.iter().map(|segment| segment.header.start);
         Ok((records, starts.min().unwrap_or(self.durable)))
     }
@@ -163,19 +193,31 @@ fn check_whole(
     Ok(())
 }
 
-fn parse(kept: &Kept) -> Result<Commit<'_>, HistoryError> {
-    match record::read(&kept.bytes, kept.position) {
-        Ok((Record::Commit(commit), _)) => Ok(commit),
-        _ => Err(HistoryError::Contradiction(kept.position)),
-    }
+/// A record of the object. A commit counts from where it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Kept {
+    bookmark: Bookmark,
+    worker: u16,
+    position: LogPosition,
+    /// Where its bytes are in the spool, and how many.
+    at: u64,
+    bytes: u32,
+    says: Says,
 }
 
-/// A commit counts from where it ends.
-fn bookmark_of(kept: &Kept) -> Result<Bookmark, HistoryError> {
-    Ok(Bookmark {
-        unix_millis: parse(kept)?.head.unix_millis,
-        position: kept.position.after(kept.bytes.len()),
-    })
+/// What a record says of the database before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Says {
+    /// That there was one.
+    Nothing,
+    /// All of it, as it was since then.
+    Base(Bookmark),
+    /// That it was empty.
+    FromEmpty,
+    /// Whatever it was, it is empty now.
+    Deleted,
+    /// Whatever it was, it is now what nothing but a snapshot has.
+    Replaced,
 }
 
 /// What the records of an object, as far as they are known, say of a time.
@@ -185,63 +227,196 @@ enum Found {
     Unchanged,
     /// From this record on the object can be rebuilt.
     Base(usize),
+    /// From the snapshot on.
+    Snapshot,
     /// The object begins after it.
     NotYet,
     /// Older records are needed.
     Nothing,
 }
 
-/// Puts records in order, and looks for what an object is rebuilt from.
-fn find_base(records: &mut Vec<Kept>, at: Bookmark) -> Result<Found, HistoryError> {
-    for kept in records.iter() {
-        parse(kept)?;
-    }
-    records.sort_by_cached_key(|kept| bookmark_of(kept).ok());
-    // A segment may be in the log and in the archive for a moment.
-    records.dedup();
-    let mut base = None;
-    for (number, kept) in records.iter().enumerate() {
-        let commit = parse(kept)?;
-        if bookmark_of(kept)? <= at {
-            if commit.base.is_some() || commit.from_empty || commit.head.pages == 0 {
-                base = Some(number);
-            }
-            continue;
-        }
-        // The first one after the time.
-        return Ok(match base {
-            Some(base) => Found::Base(base),
-            None if commit.base.is_some_and(|since| since <= at) => Found::Base(number),
-            None if commit.from_empty => Found::NotYet,
-            None => Found::Nothing,
-        });
-    }
-    Ok(base.map_or(Found::Nothing, |_| Found::Unchanged))
+/// Records of one object, some 80 bytes of memory each.
+struct Records {
+    kept: Vec<Kept>,
+    /// Their bytes, one after the other.
+    spool: File,
+    spooled: u64,
+    /// A copy from before the time.
+    snapshot: Option<Snapshot>,
 }
 
-/// Applies a base and what follows it, up to the time.
-fn rebuild(records: &[Kept], at: Bookmark) -> Result<AsOf, HistoryError> {
-    let mut overlay = Overlay::default();
-    for (number, kept) in records.iter().enumerate() {
-        // A base from after the time shows what was before it.
-        if number > 0 && bookmark_of(kept)? > at {
-            break;
+impl Records {
+    fn new(spool: &Path) -> io::Result<Self> {
+        Ok(Self {
+            kept: Vec::new(),
+            spool: unnamed_file(spool)?,
+            spooled: 0,
+            snapshot: None,
+        })
+    }
+
+    fn keep(
+        &mut self,
+        worker: u16,
+        position: LogPosition,
+        commit: &Commit<'_>,
+    ) -> Result<(), HistoryError> {
+        let says = match commit.base {
+            Some(since) => Says::Base(since),
+            None if commit.head.pages == 0 => Says::Deleted,
+            None if commit.from_file => Says::Replaced,
+            None if commit.from_empty => Says::FromEmpty,
+            None => Says::Nothing,
+        };
+        self.spool.write_all(commit.raw)?;
+        let contradiction = |_| HistoryError::Contradiction(position);
+        self.kept.push(Kept {
+            bookmark: Bookmark {
+                unix_millis: commit.head.unix_millis,
+                position: position.after(commit.raw.len()),
+            },
+            worker,
+            position,
+            at: self.spooled,
+            bytes: u32::try_from(commit.raw.len()).map_err(contradiction)?,
+            says,
+        });
+        self.spooled += commit.raw.len() as u64;
+        Ok(())
+    }
+
+    /// Puts records in order, and looks for what the object is rebuilt from.
+    fn find(&mut self, at: Bookmark) -> Found {
+        self.kept.sort_unstable();
+        // A segment may be in the log and in the archive for a moment.
+        self.kept.dedup_by_key(|kept| (kept.worker, kept.bookmark));
+        let mut snapshot = self.snapshot.as_ref();
+        let mut base = None;
+        for (number, kept) in self.kept.iter().enumerate() {
+            if kept.bookmark <= at {
+                match kept.says {
+                    Says::Nothing => {}
+                    Says::Base(_) | Says::FromEmpty | Says::Deleted => base = Some(number),
+                    Says::Replaced => {
+                        base = None;
+                        snapshot = snapshot.filter(|it| it.bookmark >= kept.bookmark);
+                    }
+                }
+                continue;
+            }
+            // The first one after the time.
+            return match (base, kept.says) {
+                (Some(base), _)
+                    if snapshot.is_none_or(|it| it.bookmark < self.kept[base].bookmark) =>
+                {
+                    Found::Base(base)
+                }
+                _ if snapshot.is_some() => Found::Snapshot,
+                (_, Says::Base(since)) if since <= at => Found::Base(number),
+                (_, Says::FromEmpty) => Found::NotYet,
+                _ => Found::Nothing,
+            };
         }
-        overlay
-            .replay(&parse(kept)?)
-            .map_err(|_| HistoryError::Contradiction(kept.position))?;
-    }
-    let pages = overlay.committed_pages();
-    if pages == 0 {
-        return Err(HistoryError::DidNotExist(at));
-    }
-    let mut bytes = Vec::with_capacity(pages as usize * overlay.page_bytes());
-    for number in 1..=pages {
-        match overlay.place(number) {
-            Place::Here(page) => bytes.extend_from_slice(page),
-            // Pages that were never written, of a database that grew.
-            Place::File | Place::Nowhere => bytes.resize(bytes.len() + overlay.page_bytes(), 0),
+        match base {
+            None if snapshot.is_none() => Found::Nothing,
+            _ => Found::Unchanged,
         }
     }
-    Ok(AsOf::Database(bytes))
+
+    /// Applies a base, the snapshot if it is no record, and what follows it, up to the time.
+    fn rebuild(
+        mut self,
+        base: Option<usize>,
+        at: Bookmark,
+        archive: &Archive,
+        spool: &Path,
+    ) -> Result<AsOf, HistoryError> {
+        let mut pages = Pages::new(spool)?;
+        let mut after = None;
+        if let Some(snapshot) = self.snapshot.take().filter(|_| base.is_none()) {
+            let page_bytes = archive.get_snapshot(&snapshot, pages.file.as_file_mut())?;
+            pages.page_bytes = u64::from(page_bytes);
+            after = Some(snapshot.bookmark);
+        }
+        let first = base.unwrap_or(0);
+        let mut bytes = Vec::new();
+        for (number, kept) in self.kept.iter().enumerate().skip(first) {
+            // A base from after the time shows what was before it.
+            if base != Some(number) && kept.bookmark > at {
+                break;
+            }
+            if after.is_some_and(|after| kept.bookmark <= after) {
+                continue;
+            }
+            bytes.resize(kept.bytes as usize, 0);
+            self.spool.seek(SeekFrom::Start(kept.at))?;
+            self.spool.read_exact(&mut bytes)?;
+            let contradiction = HistoryError::Contradiction(kept.position);
+            let Ok((Record::Commit(commit), _)) = record::read(&bytes, kept.position) else {
+                return Err(contradiction);
+            };
+            if !pages.apply(&commit)? {
+                return Err(contradiction);
+            }
+        }
+        let bytes = pages.file.as_file().metadata()?.len();
+        if bytes == 0 {
+            return Err(HistoryError::DidNotExist(at));
+        }
+        pages.file.as_file_mut().rewind()?;
+        Ok(AsOf::Database(Past {
+            file: pages.file,
+            bytes,
+        }))
+    }
+}
+
+/// A database in a file, on which commits are repeated.
+struct Pages {
+    file: NamedTempFile,
+    page_bytes: u64,
+}
+
+impl Pages {
+    fn new(spool: &Path) -> io::Result<Self> {
+        Ok(Self {
+            file: NamedTempFile::new_in(spool)?,
+            page_bytes: 0,
+        })
+    }
+
+    /// Repeats a commit; `false` if it does not belong to this database as it is.
+    fn apply(&mut self, commit: &Commit<'_>) -> io::Result<bool> {
+        let file = self.file.as_file();
+        let page_bytes = u64::from(commit.head.page_bytes);
+        if self.page_bytes != page_bytes {
+            // Another database is in its place.
+            file.set_len(0)?;
+            self.page_bytes = page_bytes;
+        }
+        // What it does not write of new pages is zeros.
+        file.set_len(u64::from(commit.head.pages) * page_bytes)?;
+        let mut page = Vec::new();
+        for changed in commit.pages() {
+            let at = u64::from(changed.number - 1) * page_bytes;
+            match changed.change {
+                Change::Whole(bytes) => file.write_all_at(bytes, at)?,
+                Change::Ranges(ranges) => {
+                    page.resize(commit.head.page_bytes as usize, 0);
+                    file.read_exact_at(&mut page, at)?;
+                    ranges.apply(&mut page);
+                    if crc32c::crc32c(&page) != changed.crc {
+                        return Ok(false);
+                    }
+                    file.write_all_at(&page, at)?;
+                }
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// A file that is gone with its last descriptor, whatever happens.
+pub(crate) fn unnamed_file(directory: &Path) -> io::Result<File> {
+    tempfile::tempfile_in(directory)
 }

@@ -1,7 +1,7 @@
 //! Everything a node counts. Names begin with `shard_`; labels are closed sets: a class, a code, a
 //! worker's number, never an object.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -47,6 +47,11 @@ pub struct Metrics {
     pub mailbox_refusals: Counter,
     pub commits: Counter,
     pub log_waits: Counter,
+    /// Copies of large databases that went to the archive, and what did not.
+    pub snapshots: Counter,
+    pub archive_failures: Counter,
+    /// Segments that did not.
+    segments_not_archived: Cell<u64>,
     /// Bytes of memory of the open databases of a worker.
     pub memory: Gauge,
     log_syncs: Counter,
@@ -88,6 +93,9 @@ impl Metrics {
             mailbox_refusals: counter!("shard_mailbox_refusals_total"),
             commits: counter!("shard_commits_total"),
             log_waits: counter!("shard_log_waits_total"),
+            snapshots: counter!("shard_snapshots_total"),
+            archive_failures: counter!("shard_archive_failures_total"),
+            segments_not_archived: Cell::default(),
             memory: gauge!("shard_storage_memory_bytes", "worker" => worker.clone()),
             log_syncs: counter!("shard_log_syncs_total", "worker" => worker.clone()),
             log_bytes: counter!("shard_log_bytes_total", "worker" => worker.clone()),
@@ -134,6 +142,9 @@ impl Metrics {
             .absolute(stats.groups.load(Ordering::Relaxed));
         self.log_bytes.absolute(stats.bytes.load(Ordering::Relaxed));
         self.log_live.set(engine.live_bytes() as f64);
+        let failures = engine.archive_failures();
+        let known = self.segments_not_archived.replace(failures);
+        self.archive_failures.increment(failures - known);
     }
 
     /// Publishes how many alarms wait, run and should run.
@@ -225,6 +236,14 @@ fn describe() {
     describe_counter!(
         "shard_log_waits_total",
         "Times a worker ran no turns because the commit log, or its checkpoint, was behind"
+    );
+    describe_counter!(
+        "shard_snapshots_total",
+        "Databases too large for the commit log that were copied to the archive"
+    );
+    describe_counter!(
+        "shard_archive_failures_total",
+        "Segments of the commit log and large databases that the archive did not take; they are tried again"
     );
     describe_counter!("shard_activations_total", "Objects loaded into memory");
     describe_counter!("shard_evictions_total", "Objects that left memory");

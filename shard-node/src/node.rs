@@ -118,6 +118,7 @@ impl Node {
                 classes: classes.clone(),
                 host: host.clone(),
                 data_dir: data_dir.path().to_owned(),
+                spool: data_dir.spool(),
                 token: non_empty(&config.token).map(Arc::from),
                 clock: Arc::new(SystemClock),
                 registry: Arc::clone(&registry),

@@ -31,6 +31,7 @@ use crate::host::{Host, HostConfig};
 use crate::metrics::Metrics;
 use crate::operator::Operator;
 use crate::server::Server;
+use crate::snapshots::Keeper;
 use crate::storage::logged::{OpenError, PAGE_BYTES, Setup};
 use crate::storage::{LogConfig, Logged};
 
@@ -50,6 +51,8 @@ pub(crate) struct Worker {
     pub(crate) classes: Classes,
     pub(crate) host: HostConfig,
     pub(crate) data_dir: PathBuf,
+    /// For files on their way in or out.
+    pub(crate) spool: PathBuf,
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) archive: Option<Archive>,
     pub(crate) log: LogConfig,
@@ -117,6 +120,7 @@ impl Worker {
             Arc::clone(&self.ring),
             self.host.alarms.clone(),
         );
+        let spool = self.spool.clone();
         let catalogs = self.catalogs();
         let operator = Operator {
             host: Rc::clone(&host),
@@ -128,7 +132,7 @@ impl Worker {
             clock: Arc::clone(&self.clock),
             sql: Arc::clone(&self.host.sql),
             importing: tokio::sync::Semaphore::new(1),
-            spool: self.data_dir.join("spool"),
+            spool: spool.clone(),
         };
         let server = Rc::new(Server {
             operator,
@@ -138,6 +142,17 @@ impl Worker {
             classes: self.classes,
             token: self.token,
             metrics: Rc::clone(&metrics),
+        });
+        let keeping = self.archive.clone().map(|archive| {
+            let keeper = Keeper {
+                engine: engine.clone(),
+                archive,
+                worker: self.number,
+                spool: spool.clone(),
+                clock: Arc::clone(&self.clock),
+                metrics: Rc::clone(&metrics),
+            };
+            tokio::task::spawn_local(or_abort(keeper.run()))
         });
         let firing = [
             tokio::task::spawn_local(or_abort(Rc::clone(&alarms).run())),
@@ -165,7 +180,7 @@ impl Worker {
             }
             Err(error) => warn!(error = %Causes(&error), "the listener cannot be used"),
         }
-        for task in tasks {
+        for task in tasks.into_iter().chain(keeping) {
             task.abort();
         }
         host.shut_down();

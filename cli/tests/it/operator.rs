@@ -11,13 +11,20 @@ use crate::fsck::fsck;
 use crate::support::{Process, call, dormouse, gateway, node};
 
 /// An admin address to give commands to.
-struct Admin<'a> {
+pub(crate) struct Admin<'a> {
     process: &'a Process,
     token: Option<&'a str>,
 }
 
-impl Admin<'_> {
-    fn command(&self, args: &[&str]) -> Command {
+impl<'a> Admin<'a> {
+    pub(crate) fn of(process: &'a Process) -> Self {
+        Self {
+            process,
+            token: None,
+        }
+    }
+
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = dormouse();
         command
             .env("DORMOUSE_ADMIN", &self.process.admin)
@@ -30,7 +37,7 @@ impl Admin<'_> {
 
     /// What a command that must succeed prints.
     #[track_caller]
-    fn run(&self, args: &[&str]) -> String {
+    pub(crate) fn run(&self, args: &[&str]) -> String {
         let output = self.command(args).output().unwrap();
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{args:?}: {error}");
@@ -38,7 +45,7 @@ impl Admin<'_> {
     }
 
     #[track_caller]
-    fn json(&self, args: &[&str]) -> Value {
+    pub(crate) fn json(&self, args: &[&str]) -> Value {
         let mut all = args.to_vec();
         all.push("--json");
         serde_json::from_str(&self.run(&all)).unwrap()
@@ -46,7 +53,7 @@ impl Admin<'_> {
 
     /// A command that must fail, and say this.
     #[track_caller]
-    fn refused(&self, args: &[&str], want: &str) {
+    pub(crate) fn refused(&self, args: &[&str], want: &str) {
         let output = self.command(args).output().unwrap();
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success(), "{args:?} should fail");
@@ -73,10 +80,7 @@ impl Cluster {
     }
 
     fn admin(&self) -> Admin<'_> {
-        Admin {
-            process: &self.gateway,
-            token: None,
-        }
+        Admin::of(&self.gateway)
     }
 
     fn call(&self, path: &str, args: Value) -> Value {

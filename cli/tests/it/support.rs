@@ -185,3 +185,16 @@ pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     }
     panic!("not within 10 seconds: {what}");
 }
+
+/// The sum of a metric over its labels; 0 if it is not there.
+#[track_caller]
+pub(crate) fn metric(admin: &str, name: &str) -> f64 {
+    let (status, text) = request(&agent(), "GET", &format!("{admin}/metrics"), "").unwrap();
+    assert_eq!(status, 200, "{text}");
+    let of_name = text.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        let (labels, value) = rest.rsplit_once(' ')?;
+        (labels.is_empty() || labels.starts_with('{')).then(|| value.parse::<f64>().unwrap())
+    });
+    of_name.sum()
+}

@@ -39,7 +39,8 @@
 //! the page, its length (2 bytes each) and its bytes. No ranges at all: the whole page follows.
 //!
 //! Flag 4 is a *base*: it changes nothing, but has all pages, for whoever wants to know the database at an
-//! earlier time. Flag 8: before this commit the database had no pages.
+//! earlier time. Flag 8: before this commit the database had no pages. Flag 16: before it a file took the
+//! place of the database, and the pages that did not change are those of the file.
 //!
 //! An alarm is one byte, the sum of 1 if one is pending and 2 if there is a dead letter. Pending: when it
 //! was to run and when it runs next (8 bytes each, milliseconds since 1970), and its retries (4 bytes).
@@ -80,8 +81,10 @@ const FLAG_ALARM: u8 = 2;
 /// Flags of a commit: it is a base; there was nothing before it.
 const FLAG_BASE: u8 = 4;
 const FLAG_FROM_EMPTY: u8 = 8;
+/// Flag of a commit: its pages are those of a file that was put there.
+const FLAG_FROM_FILE: u8 = 16;
 
-const FLAGS: u8 = FLAG_IDENTITY | FLAG_ALARM | FLAG_BASE | FLAG_FROM_EMPTY;
+const FLAGS: u8 = FLAG_IDENTITY | FLAG_ALARM | FLAG_BASE | FLAG_FROM_EMPTY | FLAG_FROM_FILE;
 
 const ALARM_PENDING: u8 = 1;
 const ALARM_DEAD: u8 = 2;
@@ -183,6 +186,8 @@ pub(crate) struct Told<'a> {
     pub(crate) base: Option<Bookmark>,
     /// Before it the database had no pages.
     pub(crate) from_empty: bool,
+    /// Before it a file took the place of the database.
+    pub(crate) from_file: bool,
 }
 
 /// Writes one commit to the end of a buffer. Its prefix is completed by [`seal`].
@@ -202,7 +207,8 @@ impl<'b> CommitWriter<'b> {
             flag(told.named.is_some(), FLAG_IDENTITY)
                 | flag(told.alarm.is_some(), FLAG_ALARM)
                 | flag(told.base.is_some(), FLAG_BASE)
-                | flag(told.from_empty, FLAG_FROM_EMPTY),
+                | flag(told.from_empty, FLAG_FROM_EMPTY)
+                | flag(told.from_file, FLAG_FROM_FILE),
         );
         buffer.extend_from_slice(&head.shard.0.to_le_bytes());
         buffer.extend_from_slice(&head.epoch.0.get().to_le_bytes());
@@ -394,6 +400,7 @@ pub(crate) struct Commit<'a> {
     pub(crate) alarm: Option<AlarmState>,
     pub(crate) base: Option<Bookmark>,
     pub(crate) from_empty: bool,
+    pub(crate) from_file: bool,
     /// All of it, as it is in the log.
     pub(crate) raw: &'a [u8],
     changed: u32,
@@ -521,6 +528,7 @@ fn parse_commit(record: &[u8]) -> Option<Commit<'_>> {
         alarm,
         base,
         from_empty: record[9] & FLAG_FROM_EMPTY != 0,
+        from_file: record[9] & FLAG_FROM_FILE != 0,
         raw: record,
         changed: u32_at(record, 76),
         pages: rest,

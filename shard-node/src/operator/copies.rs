@@ -1,33 +1,37 @@
 //! Whole databases, out of an object and into one.
 
 use std::fs::File;
-use std::future::poll_fn;
-use std::io::{self, Read, Seek, Write};
-use std::path::Path;
-use std::task::Poll;
+use std::io::{self, Read, Write};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http::{HeaderValue, Request, Response};
-use http_body_util::StreamBody;
+use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use protocol::{ErrorCode, Problem};
 use serde::Deserialize;
 use serde_json::json;
+use tempfile::{NamedTempFile, TempPath};
+use tokio::time::Instant;
 
 use super::{Answer, Operator, answer, checked_name, parameters};
+use crate::alarm::AlarmState;
 use crate::class::{Body, ClassError};
+use crate::export::{CopyError, copy, joined};
 use crate::host::Address;
+use crate::storage::Identity;
 use crate::storage::image::{Image, ImageError, KeepAlarm};
-use crate::storage::logged::Snapshot;
-use crate::storage::{Engine, Identity};
 
 /// Media type of a SQLite file (<https://www.iana.org/assignments/media-types/application/vnd.sqlite3>).
 pub(super) const MEDIA_TYPE: &str = "application/vnd.sqlite3";
 
-/// Bytes that are copied at once: other objects wait for some tenths of a millisecond.
-const CHUNK_BYTES: usize = 1 << 20;
+/// Bytes that are sent at once.
+const CHUNK_BYTES: usize = 256 << 10;
+
+/// How long the files of a database that was deleted just now may take to go.
+const REMOVED_WITHIN: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -48,65 +52,17 @@ enum AlarmOf {
 }
 
 impl Operator {
-    /// The database as it is now, while the object goes on. It is copied to a file first: what a slow
-    /// client has not read yet must not keep the object's own file from being written.
+    /// The database as it is now, while the object goes on.
     pub(super) async fn export(&self, object: &Address) -> Answer {
         self.row(object).await?;
-        let snapshot = self.engine.snapshot(object.id, object.shard);
-        let snapshot = snapshot.map_err(|error| unreadable(&error))?;
-        let Some(snapshot) = snapshot else {
-            return Err(Problem::not_found(format!(
+        let copied = copy(&self.engine, object.id, object.shard, &self.spool).await;
+        match copied.map_err(|error| no_copy(&error))? {
+            Some(copied) => Ok(file_answer(copied.file, copied.bytes)),
+            None => Err(Problem::not_found(format!(
                 "object {} was deleted just now",
                 object.id
-            )));
-        };
-        let file = self.copy(&snapshot).await?;
-        self.wait_for(&snapshot).await?;
-        let bytes = snapshot.bytes();
-        drop(snapshot);
-        let mut response = Response::new(stream_file(file));
-        let headers = response.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
-        headers.insert(CONTENT_LENGTH, bytes.into());
-        Ok(response)
-    }
-
-    async fn copy(&self, snapshot: &Snapshot) -> Result<File, Problem> {
-        let mut file = spool_file(&self.spool).map_err(|error| no_spool(&error))?;
-        let at_once = u32::try_from(CHUNK_BYTES / snapshot.page_bytes()).unwrap_or(1);
-        let mut chunk = Vec::with_capacity(CHUNK_BYTES);
-        for first in (1..=snapshot.pages()).step_by(at_once as usize) {
-            chunk.clear();
-            snapshot
-                .read(first, at_once, &mut chunk)
-                .map_err(|error| unreadable(&error))?;
-            let wrote = tokio::task::spawn_blocking(move || {
-                file.write_all(&chunk)?;
-                Ok((file, chunk))
-            });
-            let wrote: io::Result<(File, Vec<u8>)> = joined(wrote.await);
-            (file, chunk) = wrote.map_err(|error| no_spool(&error))?;
+            ))),
         }
-        file.rewind().map_err(|error| no_spool(&error))?;
-        Ok(file)
-    }
-
-    /// Until what a snapshot shows is durable.
-    async fn wait_for(&self, snapshot: &Snapshot) -> Result<(), Problem> {
-        poll_fn(|context| {
-            if snapshot.is_lost() {
-                return Poll::Ready(Err(Problem::unavailable(
-                    "the latest commit of the object was lost; it is as it was before it",
-                )));
-            }
-            if self.engine.durable() >= snapshot.position() {
-                return Poll::Ready(Ok(()));
-            }
-            self.engine.wake_at(snapshot.position(), context.waker());
-            self.engine.release();
-            Poll::Pending
-        })
-        .await
     }
 
     /// Another database becomes that of the object, in one commit.
@@ -115,14 +71,8 @@ impl Operator {
         let name = checked_name(&object, parameters.name.as_deref())?;
         let known = self.row(&object).await.ok();
         self.check_replaceable(&object, parameters.replace)?;
-        let bytes_max = self
-            .sql
-            .transaction_bytes_max
-            .min(self.sql.database_bytes_max);
-        let bytes_max = usize::try_from(bytes_max).unwrap_or(usize::MAX);
-        let _permit = self.importing.acquire().await;
-        let body = request.into_body().read(bytes_max).await;
-        let body = body.map_err(|error| too_large(&error, bytes_max))?;
+        let permit = self.importing.acquire().await;
+        let file = self.receive(request.into_body()).await?;
         let known_name = known.and_then(|row| row.name?.parse().ok());
         let identity = Identity {
             id: object.id,
@@ -134,26 +84,135 @@ impl Operator {
             AlarmOf::Keep => KeepAlarm::Yes,
             AlarmOf::Drop => KeepAlarm::No,
         };
-        let of = identity.clone();
-        let imported =
-            tokio::task::spawn_blocking(move || Image::import(body.into(), &of, keep_alarm));
-        let (image, alarm) = imported
-            .await
-            .map_err(|error| Problem::new(ErrorCode::Internal, error.to_string()))?
-            .map_err(|error| bad_image(&error))?;
+        let image = self.check(file, identity, keep_alarm).await?;
+        drop(permit);
+        let bytes = image.bytes;
         // Somebody may have been faster.
         self.check_replaceable(&object, parameters.replace)?;
-        self.host.take_out(object.id);
-        let next_ms = alarm.pending.map(|pending| pending.next_ms);
-        self.engine
-            .replace(&identity, &image, alarm)
-            .map_err(|error| ClassError::from(error).problem())?;
-        self.host.timers().set(object.id, next_ms);
+        self.take_over(image).await?;
         self.settled(&object).await?;
         self.host.sleep(object.id);
         Ok(answer(
-            &json!({ "id": object.id.to_string(), "bytes": image.bytes().len() }),
+            &json!({ "id": object.id.to_string(), "bytes": bytes }),
         ))
+    }
+
+    /// Saves a body in a file.
+    async fn receive(&self, mut body: Body) -> Result<TempPath, Problem> {
+        let bytes_max = self.sql.database_bytes_max;
+        let mut file = NamedTempFile::new_in(&self.spool).map_err(|error| no_spool(&error))?;
+        let mut bytes = 0;
+        while let Some(frame) = body.frame().await {
+            let frame = frame
+                .map_err(|error| Problem::bad_request(format!("the body broke off: {error}")))?;
+            let Ok(data) = frame.into_data() else {
+                continue;
+            };
+            bytes += data.len() as u64;
+            if bytes > bytes_max {
+                return Err(Problem::new(
+                    ErrorCode::PayloadTooLarge,
+                    format!("the database is larger than sql.database_bytes_max = {bytes_max}"),
+                ));
+            }
+            let wrote = tokio::task::spawn_blocking(move || {
+                file.write_all(&data)?;
+                Ok(file)
+            });
+            file = joined(wrote.await).map_err(|error| no_spool(&error))?;
+        }
+        Ok(file.into_temp_path())
+    }
+
+    /// Makes a file the database of an object, as far as that needs no object.
+    pub(super) async fn check(
+        &self,
+        file: TempPath,
+        identity: Identity,
+        keep_alarm: KeepAlarm,
+    ) -> Result<Checked, Problem> {
+        let in_memory_max = self.sql.transaction_bytes_max;
+        let checked = tokio::task::spawn_blocking(move || {
+            let (image, alarm) = Image::import(file, &identity, keep_alarm)?;
+            let pages = if image.bytes() <= in_memory_max {
+                Some(image.read()?)
+            } else {
+                File::open(image.file())?.sync_all()?;
+                None
+            };
+            let name = image.name().cloned();
+            Ok(Checked {
+                identity: Identity { name, ..identity },
+                alarm,
+                pages,
+                bytes: image.bytes(),
+                image,
+            })
+        });
+        let checked: Result<Checked, ImageError> = checked
+            .await
+            .map_err(|error| Problem::new(ErrorCode::Internal, error.to_string()))?;
+        checked.map_err(|error| match error {
+            ImageError::File(error) => no_spool(&error),
+            error => Problem::bad_request(ops::Causes(&error).to_string()),
+        })
+    }
+
+    /// Puts a database in the place of the object's. The first stretch of this, up to an await, does so
+    /// unless the database is too large for one transaction.
+    pub(super) async fn take_over(&self, checked: Checked) -> Result<(), Problem> {
+        let Checked {
+            identity,
+            alarm,
+            pages,
+            image,
+            ..
+        } = checked;
+        let next_ms = alarm.pending.map(|pending| pending.next_ms);
+        self.host.take_out(identity.id);
+        match pages {
+            Some(pages) => {
+                self.engine
+                    .replace(&identity, image.page_bytes(), &pages, alarm)
+                    .map_err(|error| ClassError::from(error).problem())?;
+            }
+            None => self.adopt(&identity, &image, alarm).await?,
+        }
+        self.host.timers().set(identity.id, next_ms);
+        Ok(())
+    }
+
+    async fn adopt(
+        &self,
+        identity: &Identity,
+        image: &Image,
+        alarm: AlarmState,
+    ) -> Result<(), Problem> {
+        let exists = self.engine.exists(identity.id, identity.shard);
+        if exists.map_err(|error| unreadable(&error))? {
+            return Err(Problem::bad_request(format!(
+                "a database of {} bytes is larger than sql.transaction_bytes_max = {}: it cannot take the place of \
+                 another; delete object {} first",
+                image.bytes(),
+                self.sql.transaction_bytes_max,
+                identity.id
+            )));
+        }
+        let begun = Instant::now();
+        loop {
+            let adopted = self.engine.adopt(identity, image.file(), alarm.clone());
+            if let Some(_end) = adopted.map_err(|error| ClassError::from(error).problem())? {
+                return Ok(());
+            }
+            if begun.elapsed() > REMOVED_WITHIN {
+                return Err(Problem::unavailable(format!(
+                    "the file that object {} had is not removed yet",
+                    identity.id
+                )));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            self.host.take_out(identity.id);
+        }
     }
 
     fn check_replaceable(&self, object: &Address, replace: bool) -> Result<(), Problem> {
@@ -168,16 +227,21 @@ impl Operator {
     }
 }
 
-/// A file without a name: it is gone with its last descriptor, whatever happens.
-fn spool_file(directory: &Path) -> io::Result<File> {
-    std::fs::create_dir_all(directory)?;
-    tempfile::tempfile_in(directory)
+/// A database that was checked, and is that of an object now.
+pub(super) struct Checked {
+    identity: Identity,
+    alarm: AlarmState,
+    /// Its pages, unless they are too many for one transaction.
+    pages: Option<Vec<u8>>,
+    bytes: u64,
+    image: Image,
 }
 
-fn stream_file(file: File) -> Body {
+/// A file as an answer.
+pub(super) fn file_answer(file: File, bytes: u64) -> Response<Body> {
     let chunks = stream::try_unfold(file, |mut file| async move {
         let read = tokio::task::spawn_blocking(move || {
-            let mut chunk = vec![0; CHUNK_BYTES / 4];
+            let mut chunk = vec![0; CHUNK_BYTES];
             let bytes = file.read(&mut chunk)?;
             chunk.truncate(bytes);
             Ok((file, chunk))
@@ -188,11 +252,11 @@ fn stream_file(file: File) -> Body {
         }
         Ok(Some((Frame::data(Bytes::from(chunk)), file)))
     });
-    Body::stream(StreamBody::new(chunks))
-}
-
-fn joined<T>(result: Result<io::Result<T>, tokio::task::JoinError>) -> io::Result<T> {
-    result.map_err(io::Error::other)?
+    let mut response = Response::new(Body::stream(StreamBody::new(chunks)));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+    headers.insert(CONTENT_LENGTH, bytes.into());
+    response
 }
 
 pub(super) fn unreadable(error: &dyn std::error::Error) -> Problem {
@@ -202,28 +266,19 @@ pub(super) fn unreadable(error: &dyn std::error::Error) -> Problem {
     )
 }
 
-fn no_spool(error: &io::Error) -> Problem {
+fn no_copy(error: &CopyError) -> Problem {
+    let text = ops::Causes(error).to_string();
+    let code = match error {
+        CopyError::Open(_) | CopyError::Read(_) => ErrorCode::Internal,
+        CopyError::Write(_) => ErrorCode::StorageFull,
+        CopyError::Lost => return Problem::unavailable(text),
+    };
+    Problem::new(code, text)
+}
+
+pub(super) fn no_spool(error: &io::Error) -> Problem {
     Problem::new(
         ErrorCode::StorageFull,
-        format!("the copy on its way out cannot be written: {error}"),
+        format!("the copy on its way cannot be written: {error}"),
     )
-}
-
-fn too_large(error: &ClassError, bytes_max: usize) -> Problem {
-    let problem = Problem {
-        remote: false,
-        ..error.problem()
-    };
-    if problem.code != ErrorCode::PayloadTooLarge {
-        return problem;
-    }
-    let rule = format!(
-        "{}: an import is one transaction, of at most sql.transaction_bytes_max and sql.database_bytes_max, here {bytes_max}",
-        problem.detail
-    );
-    Problem::new(problem.code, rule)
-}
-
-pub(super) fn bad_image(error: &ImageError) -> Problem {
-    Problem::bad_request(ops::Causes(error).to_string())
 }

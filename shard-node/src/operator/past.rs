@@ -1,17 +1,17 @@
 //! Objects as they were: bookmarks, restores, and copies of earlier times.
 
-use http::{Request, Response};
+use http::Request;
 use protocol::{Bookmark, ErrorCode, Problem};
 use serde::Deserialize;
 use serde_json::{Value as Json, json};
 
-use super::copies::{MEDIA_TYPE, bad_image, unreadable};
+use super::copies::{file_answer, no_spool, unreadable};
 use super::{Answer, Operator, answer, audit, parameters};
-use crate::class::{Body, ClassError};
+use crate::class::Body;
 use crate::history::{AsOf, HistoryError};
 use crate::host::Address;
 use crate::storage::Identity;
-use crate::storage::image::{Image, KeepAlarm};
+use crate::storage::image::KeepAlarm;
 
 const BODY_BYTES_MAX: usize = 16 << 10;
 
@@ -74,7 +74,8 @@ impl Operator {
         self.settled(object).await?;
         let history = self.engine.history(object.id, object.shard);
         let history = history.map_err(|error| unreadable(&error))?;
-        let found = tokio::task::spawn_blocking(move || history.database_at(at));
+        let spool = self.spool.clone();
+        let found = tokio::task::spawn_blocking(move || history.database_at(at, &spool));
         let found = found
             .await
             .map_err(|error| Problem::new(ErrorCode::Internal, error.to_string()))?;
@@ -93,7 +94,7 @@ impl Operator {
         let at = body.to.bookmark()?.ok_or_else(|| {
             Problem::bad_request("\"bookmark\" or \"time_ms\" must say what to restore to")
         })?;
-        let AsOf::Database(bytes) = self.database_at(object, at).await? else {
+        let AsOf::Database(past) = self.database_at(object, at).await? else {
             let undo = self.engine.bookmark();
             let same =
                 json!({ "restored": at.to_string(), "changed": false, "undo": undo.to_string() });
@@ -105,26 +106,12 @@ impl Operator {
             name: None,
             shard: object.shard,
         };
-        let of = identity.clone();
-        let checked =
-            tokio::task::spawn_blocking(move || Image::import(bytes, &of, KeepAlarm::Yes));
-        let (image, alarm) = checked
-            .await
-            .map_err(|error| Problem::new(ErrorCode::Internal, error.to_string()))?
-            .map_err(|error| bad_image(&error))?;
+        let file = past.file.into_temp_path();
+        let checked = self.check(file, identity, KeepAlarm::Yes).await?;
         let operations = self.turn(object, audit::list).await?;
         // From here to the commit nothing else happens to the object.
-        self.host.take_out(object.id);
         let undo = self.engine.bookmark();
-        let next_ms = alarm.pending.map(|pending| pending.next_ms);
-        let identity = Identity {
-            name: image.name().cloned(),
-            ..identity
-        };
-        self.engine
-            .replace(&identity, &image, alarm)
-            .map_err(|error| ClassError::from(error).problem())?;
-        self.host.timers().set(object.id, next_ms);
+        self.take_over(checked).await?;
         let (now, at, undo) = (self.clock.unix_millis(), at.to_string(), undo.to_string());
         let detail = format!("to {at}, undo with {undo}");
         let noted = self.turn(object, move |context| {
@@ -142,14 +129,7 @@ impl Operator {
     pub(super) async fn export_at(&self, object: &Address, at: Bookmark) -> Answer {
         match self.database_at(object, at).await? {
             AsOf::AsItIs => self.export(object).await,
-            AsOf::Database(bytes) => {
-                let mut response = Response::new(Body::from(bytes));
-                response.headers_mut().insert(
-                    http::header::CONTENT_TYPE,
-                    http::HeaderValue::from_static(MEDIA_TYPE),
-                );
-                Ok(response)
-            }
+            AsOf::Database(past) => Ok(file_answer(past.file.into_file(), past.bytes)),
         }
     }
 }
@@ -160,6 +140,7 @@ fn impossible(error: &HistoryError) -> Problem {
         HistoryError::Archive(_) | HistoryError::Log(_) | HistoryError::Contradiction(_) => {
             Problem::new(ErrorCode::Internal, text)
         }
+        HistoryError::Spool(error) => no_spool(error),
         HistoryError::DidNotExist(_) => Problem::not_found(text),
         HistoryError::Future { .. }
         | HistoryError::NoArchive

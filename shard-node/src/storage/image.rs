@@ -1,7 +1,13 @@
-//! A database as the bytes of one SQLite file, on its way in or out of an object.
+//! A database as one SQLite file, on its way into an object.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use protocol::{ObjectId, ObjectName};
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
+use tempfile::TempPath;
 
 use super::Identity;
 use super::alarm::{TABLE as ALARM_TABLE, stored_alarm};
@@ -17,13 +23,14 @@ const HEADER_BYTES: usize = 100;
 /// Where the header says how large pages are, and how the file was written last: 1 with a rollback
 /// journal, 2 with a write-ahead log.
 const PAGE_SIZE_AT: usize = 16;
-const JOURNAL_VERSIONS: std::ops::Range<usize> = 18..20;
+const JOURNAL_VERSIONS_AT: u64 = 18;
 
-/// A sound database, whole in memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A sound database, in a file that goes with this.
+#[derive(Debug)]
 pub struct Image {
+    file: TempPath,
     page_bytes: usize,
-    bytes: Vec<u8>,
+    bytes: u64,
     name: Option<ObjectName>,
 }
 
@@ -31,15 +38,17 @@ pub struct Image {
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     #[error("{0} bytes are no SQLite database: it begins with \"SQLite format 3\"")]
-    NotSqlite(usize),
+    NotSqlite(u64),
     #[error(
         "the database breaks off: it has {bytes} bytes, which is no number of pages of {page_bytes}"
     )]
-    Length { bytes: usize, page_bytes: usize },
+    Length { bytes: u64, page_bytes: usize },
     #[error("the database is damaged: {0}")]
     Damaged(String),
     #[error("the database cannot be read")]
     Sqlite(#[from] rusqlite::Error),
+    #[error("the copy of the database cannot be written")]
+    File(#[from] io::Error),
 }
 
 /// What becomes of the alarm in a database that an object takes over.
@@ -51,27 +60,21 @@ pub enum KeepAlarm {
 }
 
 impl Image {
-    /// Checks a file and makes it the database of `object`. Costs a read of all of it, so not on a
-    /// worker's thread.
+    /// Checks a file, which nobody else uses, and makes it the database of `object`. Costs a read of all of it,
+    /// so not on a worker's thread.
     pub fn import(
-        mut bytes: Vec<u8>,
+        file: TempPath,
         object: &Identity,
         keep_alarm: KeepAlarm,
     ) -> Result<(Self, AlarmState), ImageError> {
-        let page_bytes = check_header(&bytes)?;
-        if !bytes.len().is_multiple_of(page_bytes) {
-            return Err(ImageError::Length {
-                bytes: bytes.len(),
-                page_bytes,
-            });
-        }
-        // Its write-ahead log, if it had one, was not sent along; what is here is a database by itself.
-        bytes[JOURNAL_VERSIONS].fill(1);
-        let mut connection = Connection::open_in_memory()?;
-        let length = bytes.len();
-        connection.deserialize_read_exact("main", bytes.as_slice(), length, false)?;
-        drop(bytes);
-        connection.pragma_update(None, "trusted_schema", false)?;
+        let page_bytes = prepare_header(&file)?;
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(&file, flags)?;
+        // If this breaks off the file is of no use anyway.
+        connection.execute_batch(
+            "PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF; \
+             PRAGMA locking_mode = EXCLUSIVE; PRAGMA trusted_schema = OFF",
+        )?;
         check_integrity(&connection)?;
         connection.execute_batch("BEGIN")?;
         // It may be another object's: only what leads to this one may stay.
@@ -103,8 +106,10 @@ impl Image {
             )));
         }
         connection.execute_batch("COMMIT")?;
-        let bytes = connection.serialize("main")?.to_vec();
+        connection.close().map_err(|(_, error)| error)?;
+        let bytes = std::fs::metadata(&file)?.len();
         let image = Self {
+            file,
             page_bytes,
             bytes,
             name,
@@ -116,17 +121,22 @@ impl Image {
         self.page_bytes
     }
 
-    pub fn pages(&self) -> impl Iterator<Item = &[u8]> {
-        self.bytes.chunks_exact(self.page_bytes)
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// All pages, one after the other.
+    pub fn read(&self) -> io::Result<Vec<u8>> {
+        std::fs::read(&self.file)
     }
 
     /// The object's name, as the database has it.
     pub fn name(&self) -> Option<&ObjectName> {
         self.name.as_ref()
-    }
-
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
     }
 }
 
@@ -140,19 +150,34 @@ fn disarm_schedules(connection: &Connection) -> rusqlite::Result<()> {
     Ok(())
 }
 
-/// The size of the pages of a database, if these bytes are one.
-fn check_header(bytes: &[u8]) -> Result<usize, ImageError> {
-    if bytes.len() < HEADER_BYTES || !bytes.starts_with(MAGIC) {
-        return Err(ImageError::NotSqlite(bytes.len()));
+/// The size of the pages of a database, if the file is one.
+fn prepare_header(path: &Path) -> Result<usize, ImageError> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let bytes = file.metadata()?.len();
+    let mut header = [0; HEADER_BYTES];
+    if bytes < HEADER_BYTES as u64 {
+        return Err(ImageError::NotSqlite(bytes));
     }
-    let field = u16::from_be_bytes([bytes[PAGE_SIZE_AT], bytes[PAGE_SIZE_AT + 1]]);
-    match field {
-        1 => Ok(65536),
-        page_bytes if page_bytes.is_power_of_two() && page_bytes >= 512 => Ok(page_bytes.into()),
-        other => Err(ImageError::Damaged(format!(
-            "its header says that pages have {other} bytes"
-        ))),
+    file.read_exact_at(&mut header, 0)?;
+    if !header.starts_with(MAGIC) {
+        return Err(ImageError::NotSqlite(bytes));
     }
+    let field = u16::from_be_bytes([header[PAGE_SIZE_AT], header[PAGE_SIZE_AT + 1]]);
+    let page_bytes: usize = match field {
+        1 => 65536,
+        page_bytes if page_bytes.is_power_of_two() && page_bytes >= 512 => page_bytes.into(),
+        other => {
+            return Err(ImageError::Damaged(format!(
+                "its header says that pages have {other} bytes"
+            )));
+        }
+    };
+    if !bytes.is_multiple_of(page_bytes as u64) {
+        return Err(ImageError::Length { bytes, page_bytes });
+    }
+    // Its write-ahead log, if it had one, was not sent along; what is here is a database by itself.
+    file.write_all_at(&[1, 1], JOURNAL_VERSIONS_AT)?;
+    Ok(page_bytes)
 }
 
 fn check_integrity(connection: &Connection) -> Result<(), ImageError> {

@@ -119,6 +119,7 @@ struct Inner {
     pause: Cell<u32>,
     /// The same, after the archive did.
     archive_pause: Cell<u32>,
+    archive_failures: Cell<u64>,
     archive: Option<Archive>,
     runner: RefCell<Runner>,
     worker: u16,
@@ -221,6 +222,7 @@ impl Logged {
                 .as_ref()
                 .map_or(0, |archive| archive.config().base_bytes_max),
             based: RefCell::default(),
+            large: RefCell::default(),
             page_bytes,
             transaction_bytes_max,
             dirty: RefCell::default(),
@@ -245,6 +247,7 @@ impl Logged {
             closing: Cell::new(false),
             pause: Cell::new(0),
             archive_pause: Cell::new(0),
+            archive_failures: Cell::new(0),
             archive,
             runner: RefCell::new(Runner::Nobody(Box::new(writer))),
             worker,
@@ -401,6 +404,11 @@ impl Logged {
     /// What the log counted.
     pub fn stats(&self) -> &Stats {
         self.0.core.log.stats()
+    }
+
+    /// How often a segment could not be put into the archive.
+    pub fn archive_failures(&self) -> u64 {
+        self.0.archive_failures.get()
     }
 
     /// Bytes of the log that recovery would read.

@@ -260,6 +260,9 @@ impl Overlay {
         self.page_bytes = page_bytes;
         self.committed_page_bytes = page_bytes;
         self.resize(commit.head.pages);
+        if commit.from_file {
+            *self = Self::of_file(page_bytes, commit.head.pages);
+        }
         for change in commit.pages() {
             match change.change {
                 Change::Whole(bytes) => {

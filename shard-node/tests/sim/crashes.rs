@@ -222,6 +222,47 @@ fn no_crash_during_recovery_loses_or_splits_a_commit() {
     }
 }
 
+/// A file that becomes the database of an object is there whole, or not at all, wherever the world stops.
+#[test]
+fn a_file_is_adopted_whole_or_not_at_all() {
+    let rows = vec![(1, vec![7; 3000]), (2, vec![8; 10])];
+    let create = "CREATE TABLE t (id INTEGER PRIMARY KEY, v BLOB)";
+    let mut finished = false;
+    for stop in 0.. {
+        for crash in [Crash::Process, Crash::LoseAll, Crash::Torn(stop)] {
+            let context = format!("stopped after {stop} operations, {crash:?}");
+            let mut node = start(SimDisk::new(ROOT.as_ref()), Model::default(), &context);
+            run(&mut node, 2, &[create, "INSERT INTO t VALUES (9, x'09')"]);
+            node.settle();
+            let before = node.model.acknowledged;
+            let now = node.disk.operations();
+            node.disk.set_faults(vec![Fault::Stop(now + stop)]);
+            let adopted = node.adopt(2, &rows);
+            node.settle();
+            let acknowledged = node.model.acknowledged > before + 1;
+            finished = acknowledged;
+            drop(adopted);
+            let (disk, mut model) = node.crash(crash);
+            model.commits.truncate(model.acknowledged);
+            let mut node = start(disk, model, &context);
+            let found = node.read(2).unwrap();
+            if acknowledged {
+                assert_eq!(found, rows, "{context}");
+                node.check_catalog(&context);
+            } else {
+                let before = vec![(9, vec![9])];
+                assert!(
+                    found == rows || found.is_empty() || found == before,
+                    "{context}: {found:?}"
+                );
+            }
+        }
+        if finished {
+            return;
+        }
+    }
+}
+
 /// Long random runs with many crashes each.
 #[test]
 fn random_runs_lose_and_split_nothing() {
@@ -288,8 +329,9 @@ pub(crate) fn random_step(node: &mut Node, random: &mut SmallRng) {
         8 => node.sleep(object),
         9 => node.tick(1),
         10 => node.tick(10),
-        11 => match random.random_range(0..2) {
+        11 => match random.random_range(0..3) {
             0 => delete(node, object),
+            1 => node.keep_large(),
             _ => replace(node, object, 512 << random.random_range(0..5)),
         },
         12 => {

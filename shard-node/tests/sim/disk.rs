@@ -413,6 +413,18 @@ impl Disk for SimDisk {
         Ok(())
     }
 
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut world = self.world();
+        let Some(entry @ Entry::File(_)) = world.names.get(from).copied() else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        world.need_parent(to)?;
+        world.operation(is_log(to))?;
+        world.change(to, Some(entry));
+        world.change(from, None);
+        Ok(())
+    }
+
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         let mut world = self.world();
         world.operation(is_log(path))?;

@@ -1,6 +1,7 @@
 //! One engine with some objects, and a model that knows what each of them held after every commit.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -10,10 +11,12 @@ use rusqlite::Connection;
 use shard_node::alarm::AlarmState;
 use shard_node::archive::{Archive, ArchiveConfig};
 use shard_node::commit_log::record::FileId;
+use shard_node::disk::{Access, Disk};
 use shard_node::history::{AsOf, HistoryError};
 use shard_node::storage::image::{Image, KeepAlarm};
 use shard_node::storage::logged::{OpenError, PAGE_BYTES, Setup, Snapshot};
 use shard_node::storage::{Engine, Identity, LogConfig, Logged, SqlConfig, Storage, StorageError};
+use shard_node::store::Store;
 
 use crate::disk::{Crash, SimDisk};
 
@@ -87,8 +90,17 @@ pub(crate) fn setup(disk: &SimDisk) -> Setup {
         transaction_bytes_max: 128 << 20,
         clock: Arc::new(disk.clone()),
         sync_time: metrics::Histogram::noop(),
-        archive: Some(Archive::new(disk.archive(), ArchiveConfig::default())),
+        archive: Some(archive(disk)),
     }
+}
+
+fn archive(disk: &SimDisk) -> Archive {
+    let config = ArchiveConfig {
+        // Some databases are too large for a base in the log, and some are at times.
+        base_bytes_max: 8 << 10,
+        ..ArchiveConfig::default()
+    };
+    Archive::new(Store::new(disk.archive()), config)
 }
 
 impl Node {
@@ -167,24 +179,72 @@ impl Node {
     ) -> Result<(), StorageError> {
         self.sleep(object);
         let identity = identity(object);
-        let mut stock = Connection::open_in_memory().unwrap();
-        stock.pragma_update(None, "page_size", page_bytes).unwrap();
-        stock
-            .execute_batch("CREATE TABLE t (id INTEGER PRIMARY KEY, v BLOB)")
-            .unwrap();
-        for (id, value) in rows {
-            stock
-                .execute("INSERT INTO t VALUES (?1, ?2)", (id, value))
-                .unwrap();
-        }
-        let bytes = stock.serialize("main").unwrap().to_vec();
-        let (image, alarm) = Image::import(bytes, &identity, KeepAlarm::Yes).unwrap();
-        let end = self.engine.replace(&identity, &image, alarm)?;
+        let (image, alarm) = image_of(&mut stock_of(rows, page_bytes), &identity);
+        let pages = image.read().unwrap();
+        let end = self
+            .engine
+            .replace(&identity, image.page_bytes(), &pages, alarm)?;
         let bookmark = self.engine.bookmark();
         self.model
             .commits
             .push((object, rows.clone(), end, bookmark));
         Ok(())
+    }
+
+    /// A file becomes the database of an object that has none.
+    pub(crate) fn adopt(&mut self, object: usize, rows: &Dump) -> Result<(), StorageError> {
+        self.delete(object)?;
+        let identity = identity(object);
+        let (image, alarm) = image_of(&mut stock_of(rows, 1024), &identity);
+        let file = Path::new(ROOT).join("shards/adopted");
+        for _ in 0..100 {
+            if let Err(error) = self.put_file(&file, &image.read().unwrap()) {
+                return Err(StorageError::DiskFull(error.to_string()));
+            }
+            let adopted = self.engine.adopt(&identity, &file, alarm.clone())?;
+            if let Some(end) = adopted {
+                let bookmark = self.engine.bookmark();
+                self.model
+                    .commits
+                    .push((object, rows.clone(), end, bookmark));
+                return Ok(());
+            }
+            // What it had must go first.
+            self.engine.tick();
+            self.settle();
+        }
+        // The disk does not let it go.
+        Ok(())
+    }
+
+    fn put_file(&self, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+        let file = self.disk.open(path, Access::Write)?;
+        file.set_len(0)?;
+        file.write_all_at(bytes, 0)?;
+        file.sync()
+    }
+
+    /// What is too large for a base in the log is copied to the archive.
+    pub(crate) fn keep_large(&mut self) {
+        while let Some((id, shard)) = self.engine.next_large() {
+            let Ok(Some(snapshot)) = self.engine.snapshot(id, shard) else {
+                continue;
+            };
+            // What may be lost must not be kept.
+            self.settle();
+            let Some(bytes) = snapshot_bytes(&snapshot) else {
+                continue;
+            };
+            if snapshot.is_lost() || self.engine.durable() < snapshot.position() {
+                continue;
+            }
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&bytes).unwrap();
+            let page_bytes = u32::try_from(snapshot.page_bytes()).unwrap();
+            archive(&self.disk)
+                .put_snapshot(id.into(), 0, snapshot.bookmark(), page_bytes, &mut file)
+                .unwrap();
+        }
     }
 
     /// The object as it is now, to be read later.
@@ -403,9 +463,11 @@ impl Node {
                 let identity = identity(object);
                 for at in [bookmark, of_time] {
                     let history = self.engine.history(identity.id, identity.shard).unwrap();
-                    let found = match history.database_at(at) {
+                    let found = match history.database_at(at, &std::env::temp_dir()) {
                         Ok(AsOf::AsItIs) => self.read(object).unwrap(),
-                        Ok(AsOf::Database(bytes)) => bytes_dump(bytes.as_slice()),
+                        Ok(AsOf::Database(past)) => {
+                            bytes_dump(&std::fs::read(past.file.path()).unwrap())
+                        }
                         Err(HistoryError::DidNotExist(_)) => Dump::new(),
                         Err(error) => panic!("{context}: object {object} at {at}: {error}"),
                     };
@@ -471,12 +533,37 @@ pub(crate) fn database_files(disk: &SimDisk) -> Vec<FileId> {
 
 /// What a snapshot has, as stock SQLite reads it; `None` if it cannot be read any more.
 pub(crate) fn snapshot_dump(snapshot: &Snapshot) -> Option<Dump> {
+    snapshot_bytes(snapshot).map(|bytes| bytes_dump(&bytes))
+}
+
+fn snapshot_bytes(snapshot: &Snapshot) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
     for first in (1..=snapshot.pages()).step_by(3) {
         snapshot.read(first, 3, &mut bytes).ok()?;
     }
     assert_eq!(bytes.len() as u64, snapshot.bytes());
-    Some(bytes_dump(&bytes))
+    Some(bytes)
+}
+
+/// A database with these rows.
+fn stock_of(rows: &Dump, page_bytes: u32) -> Connection {
+    let stock = Connection::open_in_memory().unwrap();
+    stock.pragma_update(None, "page_size", page_bytes).unwrap();
+    stock
+        .execute_batch("CREATE TABLE t (id INTEGER PRIMARY KEY, v BLOB)")
+        .unwrap();
+    for (id, value) in rows {
+        stock
+            .execute("INSERT INTO t VALUES (?1, ?2)", (id, value))
+            .unwrap();
+    }
+    stock
+}
+
+fn image_of(stock: &mut Connection, identity: &Identity) -> (Image, AlarmState) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), &*stock.serialize("main").unwrap()).unwrap();
+    Image::import(file.into_temp_path(), identity, KeepAlarm::Yes).unwrap()
 }
 
 /// What a database has, as stock SQLite reads it.

@@ -12,6 +12,7 @@ use tracing::warn;
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
 use crate::alarm::AlarmState;
+use crate::archive::BASE_EVERY;
 use crate::catalog::{Note, USED_WITHIN_MILLIS};
 use crate::checkpoint;
 use crate::clock::Clock;
@@ -36,6 +37,8 @@ pub(super) struct Core {
     /// Databases up to this size are written whole once a day; 0: none is.
     pub(super) base_bytes_max: u64,
     pub(super) based: RefCell<Based>,
+    /// Larger ones that changed lately: to be copied, if that was not done lately.
+    pub(super) large: RefCell<VecDeque<(FileId, ShardId)>>,
     pub(super) page_bytes: u32,
     pub(super) transaction_bytes_max: u64,
     pub(super) dirty: RefCell<VecDeque<(LogPosition, FileId)>>,
@@ -43,8 +46,11 @@ pub(super) struct Core {
     pub(super) descriptors: RefCell<Descriptors>,
 }
 
-/// A database has a base that is at most twice as old as this.
-const BASE_EVERY_MS: u64 = 12 * 3_600_000;
+/// How often a database without a base in the log is thought of.
+const LARGE_EVERY_MS: u64 = 3_600_000;
+
+/// [`BASE_EVERY`] in milliseconds.
+const BASE_EVERY_MS: u64 = BASE_EVERY.as_secs() * 1000;
 
 /// The databases that have a base of today or yesterday, halves of a day. Some 20 bytes each; forgotten
 /// with the process, which costs each database one more base.
@@ -102,6 +108,8 @@ pub(super) struct Database {
     pub(super) tell_name: Cell<bool>,
     /// The next commit tells this of the alarm.
     pub(super) tell_alarm: RefCell<Option<AlarmState>>,
+    /// The next commit tells that a file took the place of the database.
+    pub(super) tell_file: Cell<bool>,
     /// Bytes that the transaction may write.
     pub(super) room: Cell<u64>,
     /// Its last change, as far as known: no later than this.
@@ -231,6 +239,7 @@ impl Database {
             named: RefCell::new(None),
             tell_name: Cell::new(false),
             tell_alarm: RefCell::new(None),
+            tell_file: Cell::new(false),
             room: Cell::new(core.transaction_bytes_max),
             noted: Cell::new((0, 0)),
             changed: Cell::new(Bookmark::at_time(0)),
@@ -382,6 +391,7 @@ impl Database {
             alarm: alarm.as_ref(),
             base: None,
             from_empty: overlay.committed_pages() == 0,
+            from_file: self.tell_file.take(),
         };
         let head = self.head(overlay.page_bytes(), overlay.pages(), now);
         let (begin, end) = self.core.log.append(|buffer| {
@@ -440,6 +450,9 @@ impl Database {
         }
         if bytes > core.base_bytes_max {
             core.based.borrow_mut().remove(self.id);
+            self.based_ms
+                .set(now.saturating_sub(BASE_EVERY_MS) + LARGE_EVERY_MS);
+            core.large.borrow_mut().push_back((self.id, self.shard));
             return None;
         }
         let page_bytes = overlay.committed_page_bytes();

@@ -73,6 +73,7 @@ impl Inner {
             let went_well = done.is_ok();
             if let Ok(Done::NotArchived) = done {
                 self.archive_pause.set(TICKS_AFTER_ARCHIVE_FAILURE);
+                self.archive_failures.set(self.archive_failures.get() + 1);
             }
             self.checkpointed(done.map(drop));
             if went_well {

@@ -2,17 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use protocol::{Bookmark, LogPosition, ObjectId, ShardId};
 
-use super::database::Database;
+use super::database::{Core, Database};
 use super::{Inner, Logged};
 use crate::alarm::AlarmState;
-use crate::commit_log::record::Named;
+use crate::checkpoint;
+use crate::commit_log::record::{FileId, Named};
+use crate::disk::parent;
 use crate::history::History;
-use crate::storage::image::Image;
+use crate::storage::vfs::DatabaseFile;
 use crate::storage::{Engine, Identity, StorageError};
 
 /// The pages of a database as of one commit. As long as this lives, the database goes on, but nothing of
@@ -26,6 +29,7 @@ pub struct Snapshot {
     changed: BTreeMap<u32, Arc<[u8]>>,
     file_pages: u32,
     position: LogPosition,
+    bookmark: Bookmark,
     revoked: u32,
 }
 
@@ -45,6 +49,11 @@ impl Snapshot {
     /// It may be shown to others once the log is durable up to here.
     pub fn position(&self) -> LogPosition {
         self.position
+    }
+
+    /// It has all commits up to here, and none after it.
+    pub fn bookmark(&self) -> Bookmark {
+        self.bookmark
     }
 
     /// The log has lost what it shows.
@@ -116,11 +125,12 @@ impl Logged {
         database.snapshots.set(database.snapshots.get() + 1);
         let snapshot = Snapshot {
             engine: Rc::downgrade(&self.0),
-            page_bytes: overlay.page_bytes(),
+            page_bytes: overlay.committed_page_bytes(),
             pages,
             changed: overlay.committed_pages_here().collect(),
             file_pages: overlay.file_pages(),
             position: database.last.get().1,
+            bookmark: database.changed.get(),
             revoked: database.revoked.get(),
             database: Rc::clone(&database),
         };
@@ -131,6 +141,16 @@ impl Logged {
     /// Whether an object has a database.
     pub fn exists(&self, id: ObjectId, shard: ShardId) -> rusqlite::Result<bool> {
         self.0.exists(id.into(), shard)
+    }
+
+    /// Bytes of the database of an object; 0 if it has none.
+    pub fn bytes(&self, id: ObjectId, shard: ShardId) -> rusqlite::Result<u64> {
+        let database = self.0.open_database(id.into(), shard)?;
+        let overlay = database.overlay.borrow();
+        let bytes = u64::from(overlay.committed_pages()) * overlay.committed_page_bytes() as u64;
+        drop(overlay);
+        self.0.release(&database);
+        Ok(bytes)
     }
 
     /// The bookmark of now: all that was committed, and nothing that will be.
@@ -159,25 +179,68 @@ impl Logged {
         })
     }
 
-    /// Puts another database in the place of an object's, in one commit; where that ends. The object must
-    /// not be open.
+    /// Puts another database, the pages of which are given, in the place of an object's, in one commit; where
+    /// that ends. The object must not be open.
     pub fn replace(
         &self,
         object: &Identity,
-        image: &Image,
+        page_bytes: usize,
+        pages: &[u8],
         alarm: AlarmState,
     ) -> Result<LogPosition, StorageError> {
         self.change(object.id, object.shard, |database| {
             let mut overlay = database.overlay.borrow_mut();
-            overlay.replace(image.page_bytes(), image.pages());
+            overlay.replace(page_bytes, pages.chunks_exact(page_bytes));
             drop(overlay);
-            *database.named.borrow_mut() = Some(Named {
-                class: object.class.clone(),
-                name: object.name.clone(),
-            });
-            database.tell_name.set(true);
-            *database.tell_alarm.borrow_mut() = Some(alarm);
+            tell(database, object, alarm);
+            Ok(())
         })
+    }
+
+    /// Makes a file the database of an object that has none, whatever its size; where the commit ends that
+    /// tells of it. The file must be durable, and on the same file system. `None` if what the object had
+    /// before is not removed yet: later it works.
+    ///
+    /// If the process dies before that commit is durable the object may exist, unknown to the catalog
+    /// until it writes.
+    pub fn adopt(
+        &self,
+        object: &Identity,
+        file: &Path,
+        alarm: AlarmState,
+    ) -> Result<Option<LogPosition>, StorageError> {
+        self.check_writable()?;
+        let (id, shard) = (FileId::from(object.id), object.shard);
+        let broken = |message: String| StorageError::Broken {
+            object: object.id,
+            message,
+        };
+        if self
+            .0
+            .exists(id, shard)
+            .map_err(|error| broken(error.to_string()))?
+        {
+            return Err(broken("it exists already".to_owned()));
+        }
+        if self.0.databases.borrow().contains_key(&id) {
+            return Ok(None);
+        }
+        let Core { disk, shards, .. } = &*self.0.core;
+        let path = checkpoint::path(shards, shard, id);
+        checkpoint::create_parents(&**disk, &path)
+            .and_then(|()| disk.rename(file, &path))
+            .and_then(|()| disk.sync_dir(parent(&path)))
+            .map_err(|error| broken(error.to_string()))?;
+        let end = self.change(object.id, shard, |database| {
+            let mut first_page = vec![0; database.overlay.borrow().page_bytes()];
+            let unreadable = |_| broken("its first page cannot be read".to_owned());
+            database.read(&mut first_page, 0).map_err(unreadable)?;
+            database.write(&first_page, 0).map_err(unreadable)?;
+            tell(database, object, alarm);
+            database.tell_file.set(true);
+            Ok(())
+        })?;
+        Ok(Some(end))
     }
 
     /// Removes all data of an object, its alarm included, in one commit; where that ends. The object must
@@ -188,6 +251,7 @@ impl Logged {
             if overlay.committed_pages() > 0 {
                 overlay.truncate(0);
             }
+            Ok(())
         })
     }
 
@@ -195,7 +259,7 @@ impl Logged {
         &self,
         id: ObjectId,
         shard: ShardId,
-        change: impl FnOnce(&Database),
+        change: impl FnOnce(&Database) -> Result<(), StorageError>,
     ) -> Result<LogPosition, StorageError> {
         self.check_writable()?;
         let broken = |message: String| StorageError::Broken {
@@ -207,10 +271,33 @@ impl Logged {
         if database.open.get() {
             return Err(broken("it is open".to_owned()));
         }
-        change(&database);
-        database.commit_now();
+        let changed = change(&database);
+        if changed.is_ok() {
+            database.commit_now();
+        }
         let end = database.last.get().1;
         self.0.release(&database);
-        Ok(end)
+        changed.map(|()| end)
     }
+
+    /// The next database that is too large to be written to the log whole, and is due to be copied to the
+    /// archive.
+    pub fn next_large(&self) -> Option<(ObjectId, ShardId)> {
+        loop {
+            let (id, shard) = self.0.core.large.borrow_mut().pop_front()?;
+            if let Some(object) = id.object() {
+                return Some((object, shard));
+            }
+        }
+    }
+}
+
+/// The next commit tells whose database it is, and of its alarm.
+fn tell(database: &Database, object: &Identity, alarm: AlarmState) {
+    *database.named.borrow_mut() = Some(Named {
+        class: object.class.clone(),
+        name: object.name.clone(),
+    });
+    database.tell_name.set(true);
+    *database.tell_alarm.borrow_mut() = Some(alarm);
 }
