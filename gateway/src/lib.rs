@@ -1,10 +1,12 @@
 //! The stateless edge: any gateway can serve any request.
 //!
 //! One request through the files: [`server`] accepts the connection; pingora reads the head and calls
-//! [`proxy`], which asks [`route`] for the target and [`placement`] for its worker, adds the headers
-//! of `protocol`, and streams both bodies; [`retry`] says what may be sent again when that fails;
+//! [`proxy`], which makes a view of it ([`asked`]), asks [`route`] for the target and [`placement`] for
+//! its worker, adds the headers of `protocol`, and streams both bodies; keys and names come from
+//! [`template`]s; [`retry`] says what may be sent again when that fails;
 //! [`metrics`] counts it. A gateway keeps nothing that a restart could lose.
 
+pub mod asked;
 pub mod config;
 pub mod metrics;
 pub mod placement;
@@ -12,4 +14,5 @@ pub mod proxy;
 pub mod retry;
 pub mod route;
 pub mod server;
+pub mod template;
 pub mod upstream;

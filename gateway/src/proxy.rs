@@ -1,5 +1,6 @@
 //! pingora's `ProxyHttp`: a short method per phase. pingora's error type stays in this file.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,11 +21,12 @@ use rand::Rng;
 use tokio::time::Instant;
 use tracing::debug;
 
+use crate::asked::{Asked, Params};
 use crate::config::{Config, RequestsConfig, RetryConfig};
 use crate::metrics::{Code, Metrics, RouteLabel};
 use crate::placement::{Owner, Placement};
 use crate::retry::{self, Failure};
-use crate::route::{self, Ask, Asked, ObjectTarget, Routes, Target};
+use crate::route::{self, Ask, ObjectTarget, Routes, Target};
 use crate::upstream::Upstream;
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -115,12 +117,7 @@ impl Proxy {
             return Err(self.too_large());
         }
         let dynamic = self.0.dynamic.load();
-        let asked = Asked {
-            method: &head.method,
-            host: head.headers.get(HOST).and_then(|host| host.to_str().ok()),
-            path: head.uri.path(),
-            query: head.uri.query(),
-        };
+        let asked = self.asked(session);
         match route::decide(&dynamic.routes, asked, || rand::rng().random())? {
             Target::Object(target) => {
                 let call = matches!(target.ask, Ask::Call { .. });
@@ -145,6 +142,23 @@ impl Proxy {
                 Aim::App(Arc::clone(&dynamic.upstreams[route])),
                 RouteLabel::Config(Arc::clone(&dynamic.labels[route])),
             )),
+        }
+    }
+
+    /// The view of a request that has not been routed yet.
+    fn asked<'a>(&self, session: &'a Session) -> Asked<'a> {
+        let head = session.req_header();
+        Asked {
+            method: &head.method,
+            host: head.headers.get(HOST).and_then(|host| host.to_str().ok()),
+            path: head.uri.path(),
+            query: head.uri.query(),
+            headers: &head.headers,
+            colo: self.0.colo,
+            client: client_ip(session),
+            params: Params::default(),
+            shard: None,
+            claims: None,
         }
     }
 
@@ -562,13 +576,15 @@ fn ours(headers: &http::HeaderMap) -> Option<HeaderName> {
         .cloned()
 }
 
+/// Who asks.
+fn client_ip(session: &Session) -> Option<IpAddr> {
+    let address = session.client_addr()?.as_inet()?;
+    Some(address.ip())
+}
+
 /// Tells an app who asked, by the names that proxies have always used.
 fn forwarded(session: &Session, head: &mut RequestHeader) -> Result<()> {
-    let client = session
-        .client_addr()
-        .and_then(|address| address.as_inet())
-        .map(|address| address.ip().to_string());
-    if let Some(client) = client {
+    if let Some(client) = client_ip(session).map(|client| client.to_string()) {
         // One chain, however many lines it came in.
         let known = head.headers.get_all(FORWARDED_FOR).iter();
         let known = known.filter_map(|line| line.to_str().ok());

@@ -6,6 +6,7 @@ use std::fmt;
 use http::Method;
 use protocol::{ClassName, Home, ObjectId, ObjectName, Problem, limits};
 
+use crate::asked::Asked;
 use crate::config::Config;
 
 /// Labels in metrics for what the config does not name.
@@ -128,14 +129,14 @@ impl Routes {
         &self.0[index]
     }
 
-    fn find(&self, host: Option<&str>, path: &str) -> Option<usize> {
-        let host = host.map(without_port);
+    fn find(&self, asked: &Asked<'_>) -> Option<usize> {
+        let host = asked.host_name();
         let applies = |route: &Route| {
             let right_host = match &route.host {
                 None => true,
                 Some(wanted) => host.is_some_and(|host| host.eq_ignore_ascii_case(wanted)),
             };
-            right_host && route.pattern.matches(path)
+            right_host && route.pattern.matches(asked.path)
         };
         self.0
             .iter()
@@ -144,23 +145,6 @@ impl Routes {
             .max_by_key(|(_, route)| (route.host.is_some(), route.pattern.rank()))
             .map(|(index, _)| index)
     }
-}
-
-fn without_port(host: &str) -> &str {
-    match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
-        _ => host,
-    }
-}
-
-/// What routing needs to know of a request.
-#[derive(Debug, Clone, Copy)]
-pub struct Asked<'a> {
-    pub method: &'a Method,
-    pub host: Option<&'a str>,
-    /// As it came: not decoded.
-    pub path: &'a str,
-    pub query: Option<&'a str>,
 }
 
 /// Where the request goes, or why nowhere. `random` makes the id when a new one is asked for.
@@ -175,7 +159,7 @@ pub fn decide(
     if let Some(rest) = asked.path.strip_prefix("/rpc/") {
         return rpc(asked, rest).map(|target| Target::Object(Box::new(target)));
     }
-    match routes.find(asked.host, asked.path) {
+    match routes.find(&asked) {
         Some(route) => Ok(Target::App { route }),
         None => Err(Problem::not_found(format!(
             "nothing is at {:?}; there are /objects/{{class}}/{{name}}, /rpc/{{class}}/{{name}}/{{method}} \

@@ -19,15 +19,11 @@ fn routes() -> Routes {
 }
 
 fn decide_url(routes: &Routes, method: &str, url: &str) -> Result<Target, Problem> {
-    let (path, query) = match url.split_once('?') {
-        Some((path, query)) => (path, Some(query)),
-        None => (url, None),
-    };
+    let headers = http::HeaderMap::new();
     let asked = Asked {
         method: &method.parse().unwrap(),
         host: None,
-        path,
-        query,
+        ..crate::asked::tests::asked(url, &headers)
     };
     decide(routes, asked, || [9; 20])
 }
@@ -152,7 +148,12 @@ fn bad_names_and_classes_are_refused() {
 fn the_most_specific_route_wins() {
     let routes = routes();
     let route = |host: Option<&str>, path: &str| {
-        let index = routes.find(host, path).unwrap();
+        let headers = http::HeaderMap::new();
+        let asked = Asked {
+            host,
+            ..crate::asked::tests::asked(path, &headers)
+        };
+        let index = routes.find(&asked).unwrap();
         routes.get(index).name.as_str()
     };
     assert_eq!(route(None, "/"), "all");
@@ -167,7 +168,11 @@ fn the_most_specific_route_wins() {
 proptest! {
     #[test]
     fn no_url_makes_routing_panic(path in "(/objects/|/rpc/|/)?\\PC{0,60}", query in proptest::option::of("\\PC{0,20}")) {
-        let asked = Asked { method: &Method::POST, host: Some(&path), path: &path, query: query.as_deref() };
+        let headers = http::HeaderMap::new();
+        let asked = Asked {
+            method: &Method::POST, host: Some(&path), path: &path, query: query.as_deref(),
+            ..crate::asked::tests::asked("/", &headers)
+        };
         if let Ok(Target::Object(target)) = decide(&routes(), asked, || [0; 20]) {
             prop_assert_eq!(target.id.check_class(&target.class), Ok(target.id));
         }
