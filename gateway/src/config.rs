@@ -6,11 +6,19 @@ use std::time::Duration;
 
 use clap::Parser;
 use ops::args::{ProcessArgs, overrule};
-use ops::config::{ConfigError, non_empty};
+use ops::config::{Broken, ConfigError, non_empty};
 use protocol::Colo;
 use serde::{Deserialize, Serialize};
 
-use crate::route::Pattern;
+use crate::client::ClientRules;
+use crate::route::{Route, Routes};
+
+mod routes;
+
+pub use routes::{
+    ObjectRouteConfig, RedirectConfig, RespondConfig, RouteConfig, RpcRouteConfig, Scope,
+    ShardConfig, ShardHash,
+};
 
 /// Everything a gateway can be told. Every key has a default; `config/gateway.toml` shows them all.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,7 +43,9 @@ pub struct Config {
     pub retry: RetryConfig,
     /// Names what the routes' `upstream` may be.
     pub upstreams: BTreeMap<String, UpstreamConfig>,
-    /// What is not for objects. The longest matching path wins.
+    pub objects: ObjectsConfig,
+    pub client: ClientConfig,
+    /// What is not for objects by the public contract.
     pub routes: Vec<RouteConfig>,
 }
 
@@ -53,6 +63,8 @@ impl Default for Config {
             requests: RequestsConfig::default(),
             retry: RetryConfig::default(),
             upstreams: BTreeMap::new(),
+            objects: ObjectsConfig::default(),
+            client: ClientConfig::default(),
             routes: Vec::new(),
         }
     }
@@ -121,30 +133,31 @@ pub struct UpstreamConfig {
     pub servers: Vec<String>,
 }
 
-/// `[[routes]]`: requests that go to an app.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RouteConfig {
-    /// Unique; the label of this route in metrics.
-    pub name: String,
-    /// A path, or a prefix that ends in `/*`.
-    pub path: String,
-    /// Only requests for this host, without its port. Absent: any.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub host: Option<String>,
-    /// One of `upstreams`.
-    pub upstream: String,
+/// `[client]`: who asks, when proxies stand before this gateway.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClientConfig {
+    /// Addresses and networks of proxies whose headers are believed.
+    pub trusted_proxies: Vec<String>,
+    /// Where they say who the client is, as in `x-forwarded-for`. Empty: nowhere.
+    pub address_header: String,
+    /// Where they say at which colo the request came in, as in `cf-ray`. Empty: nowhere.
+    pub colo_header: String,
 }
 
-/// Prefixes that belong to the public contract.
-const RESERVED_PATHS: [&str; 3] = ["/objects", "/rpc", "/counters"];
+/// `[objects]`: the public contract for objects.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ObjectsConfig {
+    /// Classes of which each colo has objects of its own under `/objects` and `/rpc`.
+    pub colo_scoped: Vec<String>,
+}
 
 impl Config {
     /// What one field cannot check by itself.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let rule = |text: String| Err(ConfigError::Rule(text));
         if let Err(error) = self.colo.parse::<Colo>() {
-            return rule(error.to_string());
+            return Err(Broken::value("colo", &self.colo, error).into());
         }
         ops::config::require_token_off_loopback(
             "admin_listen",
@@ -153,76 +166,34 @@ impl Config {
             "an admin token (admin_token, or DORMOUSE_ADMIN_TOKEN)",
         )?;
         if self.retry.tries_max == 0 {
-            return rule("retry.tries_max = 0 must be at least 1".to_owned());
+            let broken = Broken::value("tries_max", 0, "must be at least 1");
+            return Err(broken.under("retry").into());
         }
         if self.retry.ring_refresh < Duration::from_millis(10) {
-            return rule(format!(
-                "retry.ring_refresh = {:?} must be at least 10ms",
-                self.retry.ring_refresh
-            ));
+            let broken = Broken::value(
+                "ring_refresh",
+                self.retry.ring_refresh,
+                "must be at least 10ms",
+            );
+            return Err(broken.under("retry").into());
         }
         for (name, upstream) in &self.upstreams {
+            let under = |broken: Broken| broken.under(name).under("upstreams");
             if upstream.servers.is_empty() {
-                return rule(format!("upstreams.{name}.servers must not be empty"));
+                return Err(under(Broken::new("servers", "must not be empty")).into());
             }
-            for server in &upstream.servers {
+            for (place, server) in upstream.servers.iter().enumerate() {
                 let port = server
                     .rsplit_once(':')
                     .and_then(|(_, port)| port.parse::<u16>().ok());
                 if port.is_none() {
-                    return rule(format!(
-                        "upstreams.{name}.servers: {server:?} must be host:port"
-                    ));
+                    let broken = Broken::value(&place.to_string(), server, "must be host:port");
+                    return Err(under(broken.under("servers")).into());
                 }
             }
         }
-        for (number, route) in self.routes.iter().enumerate() {
-            self.validate_route(number, route)?;
-        }
-        Ok(())
-    }
-
-    fn validate_route(&self, number: usize, route: &RouteConfig) -> Result<(), ConfigError> {
-        let name = &route.name;
-        let rule = |text: String| Err(ConfigError::Rule(format!("route {name:?}: {text}")));
-        if name.is_empty() || crate::route::RESERVED_LABELS.contains(&name.as_str()) {
-            return rule(format!(
-                "name must not be empty and not one of {}",
-                crate::route::RESERVED_LABELS.join(", ")
-            ));
-        }
-        if self.routes[..number]
-            .iter()
-            .any(|other| other.name == *name)
-        {
-            return rule("another route has this name".to_owned());
-        }
-        if let Err(reason) = Pattern::new(&route.path) {
-            return rule(format!("path = {:?} {reason}", route.path));
-        }
-        let reserved = RESERVED_PATHS.iter().find(|reserved| {
-            route
-                .path
-                .strip_prefix(**reserved)
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        });
-        if let Some(reserved) = reserved {
-            return rule(format!(
-                "path = {:?} would hide {reserved}, which belongs to objects",
-                route.path
-            ));
-        }
-        if !self.upstreams.contains_key(&route.upstream) {
-            return rule(format!(
-                "upstream = {:?} is not among the upstreams ({})",
-                route.upstream,
-                self.upstreams
-                    .keys()
-                    .cloned()
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            ));
-        }
+        ClientRules::new(&self.client).map_err(|broken| broken.under("client"))?;
+        Routes::new(self)?;
         Ok(())
     }
 
@@ -231,6 +202,12 @@ impl Config {
             0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             count => usize::from(count),
         }
+    }
+
+    /// What an operator should hear of, though it is legal. The config was validated.
+    pub fn warnings(&self) -> Vec<String> {
+        let routes = Routes::new(self).unwrap_or_default();
+        routes.iter().filter_map(Route::warning).collect()
     }
 
     /// The site, parsed.
@@ -280,7 +257,8 @@ impl Args {
         );
         overrule(&mut config.token, given.token);
         overrule(&mut config.admin_token, given.admin_token);
-        config.validate()?;
+        let file = given.config.as_deref();
+        config.validate().map_err(|error| error.located(file))?;
         Ok(config)
     }
 }
@@ -312,6 +290,33 @@ mod tests {
         }
     }
 
+    /// What the comments of the shipped file show, as a config.
+    fn manual() -> Config {
+        let text = std::fs::read_to_string(file("gateway.toml")).unwrap();
+        let shown: Vec<&str> = text
+            .lines()
+            .filter_map(|l| l.strip_prefix("#   "))
+            .collect();
+        toml::from_str(&shown.join("\n")).unwrap()
+    }
+
+    #[test]
+    fn what_the_manual_shows_is_valid_and_complete() {
+        let manual = manual();
+        manual.validate().unwrap();
+        assert_eq!(manual.warnings(), [""; 0]);
+        let text = std::fs::read_to_string(file("gateway.toml")).unwrap();
+        let source = include_str!("config/routes.rs");
+        for key in source
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("pub "))
+        {
+            if let Some((key, _)) = key.split_once(':') {
+                assert!(text.contains(key), "gateway.toml does not mention {key}");
+            }
+        }
+    }
+
     #[test]
     fn the_example_of_an_app_is_valid() {
         let config = read(&file("examples/app.toml")).unwrap();
@@ -324,6 +329,97 @@ mod tests {
         let config: Config = toml::from_str(toml).unwrap();
         let error = config.validate().unwrap_err().to_string();
         assert!(error.contains(want), "{error:?} should say {want:?}");
+    }
+
+    #[track_caller]
+    fn route_refused(keys: &str, want: &str) {
+        refused(
+            &format!("routes = [{{ name = 'r', path = '/x/{{id}}', {keys} }}]"),
+            want,
+        );
+    }
+
+    #[test]
+    fn routes_that_mean_nothing_are_refused_by_key_value_and_rule() {
+        let ok = "respond = {}";
+        route_refused(
+            "methods = []",
+            "routes[0].name = \"r\" must have exactly one of upstream, object",
+        );
+        route_refused("respond = {}, upstream = 'a'", "exactly one of");
+        route_refused(
+            &format!("{ok}, host = 'a:1'"),
+            "routes[0].host = \"a:1\" must be a host without a port",
+        );
+        route_refused(
+            &format!("{ok}, methods = ['get']"),
+            "routes[0].methods[0] = \"get\" must be a method in upper case",
+        );
+        route_refused(
+            &format!("{ok}, headers = {{ 'a b' = '*' }}"),
+            "routes[0].headers.a b = \"*\" cannot be a header",
+        );
+        route_refused(
+            &format!("{ok}, rewrite = '/'"),
+            "routes[0].rewrite = \"/\" is for routes to an upstream",
+        );
+        route_refused(
+            "respond = { status = 99 }",
+            "routes[0].respond.status = 99 must be from 200 to 599",
+        );
+        route_refused(
+            "redirect = { to = '/', status = 200 }",
+            "routes[0].redirect.status = 200 must be 301",
+        );
+        route_refused(
+            "redirect = { to = '{path.x}' }",
+            "routes[0].redirect.to is no template \"{path.x}\", character 1",
+        );
+        route_refused(
+            "object = { class = '1', name = 'a' }",
+            "routes[0].object.class = \"1\" class name",
+        );
+        route_refused(
+            "object = { class = 'Kv', name = '{a' }",
+            "routes[0].object.name is no template \"{a\", character 1: { without a }",
+        );
+        route_refused(
+            "object = { class = 'Kv', name = '{shard}' }",
+            "has no shard table",
+        );
+        route_refused(
+            "object = { class = 'Kv', name = '{shard}' }, shard = { by = 'x' }",
+            "routes[0].shard.by = \"x\" must take something",
+        );
+        route_refused(
+            "rpc = { class = 'Kv', name = 'a', method = '1x' }",
+            "routes[0].rpc.method = \"1x\" method name",
+        );
+        refused(
+            "objects.colo_scoped = ['K$']",
+            "objects.colo_scoped[0] = \"K$\"",
+        );
+        refused(
+            "client.colo_header = 'cf-ray'",
+            "client.trusted_proxies must name those",
+        );
+    }
+
+    #[test]
+    fn shard_counts_outside_of_the_advice_are_warned_of() {
+        let warnings = |count: u32| {
+            let config: Config = toml::from_str(&format!(
+                "routes = [{{ name = 'r', path = '/', respond = {{}}, shard = {{ by = '{{query.k|}}', count = {count} }} }}]"
+            ))
+            .unwrap();
+            config.validate().unwrap();
+            config.warnings()
+        };
+        assert_eq!(warnings(100), [""; 0]);
+        assert_eq!(
+            warnings(9),
+            ["route \"r\": shard.count = 9: from 10 to 1000 are advised"]
+        );
     }
 
     #[test]
@@ -341,13 +437,16 @@ mod tests {
         );
         refused("upstreams.app.servers = ['nohost']", "must be host:port");
         refused(&route("/x", "other"), "is not among the upstreams (app)");
-        refused(&route("x", "app"), "must begin with /");
-        refused(&route("/a*b", "app"), "only at the end");
+        refused(
+            &route("x", "app"),
+            "routes[0].path = \"x\" must begin with /",
+        );
+        refused(&route("/a*b", "app"), "must be whole segments");
         refused(&route("/objects/*", "app"), "would hide /objects");
         let two = format!(
             "{}\n[[routes]]\nname = 'r'\npath = '/y'\nupstream = 'app'",
             route("/x", "app")
         );
-        refused(&two, "another route has this name");
+        refused(&two, "routes[1].name = \"r\" is the name of another route");
     }
 }

@@ -7,6 +7,7 @@
 //! [`metrics`] counts it. A gateway keeps nothing that a restart could lose.
 
 pub mod asked;
+pub mod client;
 pub mod config;
 pub mod metrics;
 pub mod placement;
@@ -14,5 +15,6 @@ pub mod proxy;
 pub mod retry;
 pub mod route;
 pub mod server;
+pub mod shard;
 pub mod template;
 pub mod upstream;

@@ -87,6 +87,13 @@ impl Metrics {
         handles.seconds.record(took.as_secs_f64());
     }
 
+    /// How uneven the shards of a route are used.
+    pub fn shard_skew(&self, route: &Arc<str>) -> Gauge {
+        let route = route.to_string();
+        self.registry
+            .register(|| gauge!("gateway_shard_skew", "route" => route))
+    }
+
     fn handles(&self, route: &RouteLabel, code: Code) -> Requests {
         let route = route.as_str().to_owned();
         let code = match code {
@@ -111,6 +118,10 @@ fn describe() {
         "From the arrival of a request's head to the end of its response"
     );
     describe_gauge!("gateway_connections", "Client connections open");
+    describe_gauge!(
+        "gateway_shard_skew",
+        "Requests of a route's busiest shard over the mean of its shards, since the routes were loaded"
+    );
     describe_counter!("gateway_connections_total", "Client connections accepted");
     describe_counter!(
         "gateway_retries_total",

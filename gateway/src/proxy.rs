@@ -8,9 +8,10 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::{
-    ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, RETRY_AFTER, UPGRADE,
+    ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, LOCATION, RETRY_AFTER, UPGRADE,
 };
-use http::{HeaderName, HeaderValue, Method, Uri};
+use http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
+use ops::config::ConfigError;
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, OrErr, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
@@ -22,11 +23,13 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use crate::asked::{Asked, Params};
+use crate::client::ClientRules;
 use crate::config::{Config, RequestsConfig, RetryConfig};
 use crate::metrics::{Code, Metrics, RouteLabel};
 use crate::placement::{Owner, Placement};
 use crate::retry::{self, Failure};
-use crate::route::{self, Ask, ObjectTarget, Routes, Target};
+use crate::route::{Ask, Fixed, Found, ObjectTarget, Route, Routes, Target};
+use crate::server::StartError;
 use crate::upstream::Upstream;
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -44,27 +47,25 @@ const UNROUTABLE: ErrorType = ErrorType::Custom("unroutable");
 /// What may change while the gateway runs.
 pub struct Dynamic {
     pub routes: Routes,
-    /// The upstream of each route, by the route's index.
-    pub upstreams: Vec<Arc<Upstream>>,
-    pub labels: Vec<Arc<str>>,
+    pub client: ClientRules,
+    /// The upstream of each route that has one, by the route's index.
+    upstreams: Vec<Option<Arc<Upstream>>>,
 }
 
 impl Dynamic {
-    /// `config` was validated.
-    pub async fn new(config: &Config) -> Result<Self, crate::upstream::ResolveError> {
+    /// # Errors
+    /// When the config breaks a rule, or a server cannot be resolved.
+    pub async fn new(config: &Config) -> Result<Self, StartError> {
+        let client = ClientRules::new(&config.client).map_err(|broken| broken.under("client"));
+        let client = client.map_err(ConfigError::from)?;
+        let routes = Routes::new(config).map_err(ConfigError::from)?;
         let known = crate::upstream::resolve(config).await?;
-        let upstreams = config
-            .routes
-            .iter()
-            .map(|route| Arc::clone(&known[&route.upstream]));
+        let upstream = |route: &Route| known.get(route.upstream.as_ref()?).map(Arc::clone);
+        let upstreams = routes.iter().map(upstream).collect();
         Ok(Self {
-            routes: Routes::new(config),
-            upstreams: upstreams.collect(),
-            labels: config
-                .routes
-                .iter()
-                .map(|route| route.name.as_str().into())
-                .collect(),
+            routes,
+            client,
+            upstreams,
         })
     }
 }
@@ -90,6 +91,8 @@ pub struct Request {
     trace: TraceParent,
     aim: Option<Aim>,
     label: RouteLabel,
+    /// Where it came in.
+    colo: Colo,
     tries: u32,
     failure: Option<Failure>,
     refused: Option<ErrorCode>,
@@ -102,12 +105,27 @@ enum Aim {
         target: Box<ObjectTarget>,
         owner: Option<Owner>,
     },
-    App(Arc<Upstream>),
+    App {
+        upstream: Arc<Upstream>,
+        /// Instead of what the client asked for.
+        path_and_query: Option<String>,
+    },
+    /// Answered here.
+    Here(Answer),
+}
+
+/// An answer that needs nobody else.
+enum Answer {
+    Fixed(Arc<Fixed>),
+    Redirect {
+        status: StatusCode,
+        location: HeaderValue,
+    },
 }
 
 impl Proxy {
     /// Where the request goes, or why it is refused before anything was sent.
-    fn route(&self, session: &Session) -> Result<(Aim, RouteLabel), Problem> {
+    fn route(&self, session: &Session, request: &mut Request) -> Result<Aim, Problem> {
         let head = session.req_header();
         let announced = head
             .headers
@@ -117,8 +135,22 @@ impl Proxy {
             return Err(self.too_large());
         }
         let dynamic = self.0.dynamic.load();
-        let asked = self.asked(session);
-        match route::decide(&dynamic.routes, asked, || rand::rng().random())? {
+        let mut asked = self.asked(session, &dynamic);
+        let found = dynamic.routes.find(&asked)?;
+        let label = match found {
+            Found::Objects => RouteLabel::Contract("objects"),
+            Found::Rpc => RouteLabel::Contract("rpc"),
+            Found::Route { index, params } => {
+                asked.params = params;
+                RouteLabel::Config(Arc::clone(&dynamic.routes.get(index).label))
+            }
+        };
+        request.label = label;
+        request.colo = asked.colo;
+        match dynamic
+            .routes
+            .target(found, &asked, || rand::rng().random())?
+        {
             Target::Object(target) => {
                 let call = matches!(target.ask, Ask::Call { .. });
                 if call && announced.is_some_and(|bytes| bytes > limits::RPC_BODY_BYTES_MAX as u64)
@@ -131,31 +163,41 @@ impl Proxy {
                         ),
                     ));
                 }
-                let label = RouteLabel::Contract(target.label());
-                let aim = Aim::Object {
-                    target,
-                    owner: None,
-                };
-                Ok((aim, label))
+                if target.ask == Ask::Create {
+                    request.label = RouteLabel::Contract("new");
+                }
+                let owner = None;
+                Ok(Aim::Object { target, owner })
             }
-            Target::App { route } => Ok((
-                Aim::App(Arc::clone(&dynamic.upstreams[route])),
-                RouteLabel::Config(Arc::clone(&dynamic.labels[route])),
-            )),
+            Target::App {
+                route,
+                path_and_query,
+            } => match &dynamic.upstreams[route] {
+                Some(upstream) => Ok(Aim::App {
+                    upstream: Arc::clone(upstream),
+                    path_and_query,
+                }),
+                None => Err(Problem::not_found("the route has no upstream")),
+            },
+            Target::Redirect { status, location } => {
+                Ok(Aim::Here(Answer::Redirect { status, location }))
+            }
+            Target::Respond(fixed) => Ok(Aim::Here(Answer::Fixed(fixed))),
         }
     }
 
     /// The view of a request that has not been routed yet.
-    fn asked<'a>(&self, session: &'a Session) -> Asked<'a> {
+    fn asked<'a>(&self, session: &'a Session, dynamic: &Dynamic) -> Asked<'a> {
         let head = session.req_header();
+        let peer = peer_ip(session);
         Asked {
             method: &head.method,
-            host: head.headers.get(HOST).and_then(|host| host.to_str().ok()),
+            host: host(head),
             path: head.uri.path(),
             query: head.uri.query(),
             headers: &head.headers,
-            colo: self.0.colo,
-            client: client_ip(session),
+            colo: dynamic.client.colo(peer, &head.headers, self.0.colo),
+            client: dynamic.client.address(peer, &head.headers),
             params: Params::default(),
             shard: None,
             claims: None,
@@ -253,7 +295,8 @@ impl Aim {
     fn what(&self) -> &str {
         match self {
             Self::Object { .. } => "the worker of this object",
-            Self::App(upstream) => upstream.name(),
+            Self::App { upstream, .. } => upstream.name(),
+            Self::Here(_) => "this gateway",
         }
     }
 }
@@ -274,6 +317,7 @@ impl ProxyHttp for Proxy {
             },
             aim: None,
             label: RouteLabel::Contract("none"),
+            colo: self.0.colo,
             tries: 0,
             failure: None,
             refused: None,
@@ -292,10 +336,14 @@ impl ProxyHttp for Proxy {
         if let Some(given) = given {
             request.trace = given.child(request.trace.span);
         }
-        match self.route(session) {
-            Ok((aim, label)) => {
+        match self.route(session, request) {
+            Ok(Aim::Here(answer)) => {
+                receive_rest(session).await;
+                answer.send(session).await?;
+                Ok(true)
+            }
+            Ok(aim) => {
                 request.aim = Some(aim);
-                request.label = label;
                 Ok(false)
             }
             Err(problem) => {
@@ -348,8 +396,10 @@ impl ProxyHttp for Proxy {
                 *owner = Some(found);
                 found.address
             }
-            Some(Aim::App(upstream)) => upstream.pick(),
-            None => return Err(Error::explain(ErrorType::InternalError, "not routed")),
+            Some(Aim::App { upstream, .. }) => upstream.pick(),
+            Some(Aim::Here(_)) | None => {
+                return Err(Error::explain(ErrorType::InternalError, "not routed"));
+            }
         };
         request.failure = None;
         let mut peer = HttpPeer::new(address, false, String::new());
@@ -374,7 +424,13 @@ impl ProxyHttp for Proxy {
                 target,
                 owner: Some(owner),
             }) => self.address(head, request, target, owner),
-            _ => forwarded(session, head),
+            Some(Aim::App { path_and_query, .. }) => {
+                if let Some(path) = path_and_query {
+                    head.set_uri(uri(path)?);
+                }
+                forwarded(session, head)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -511,7 +567,7 @@ impl Proxy {
         }
         head.insert_header(headers::SHARD, HeaderValue::from(owner.shard.0))?;
         head.insert_header(headers::EPOCH, HeaderValue::from(owner.epoch.0.get()))?;
-        head.insert_header(headers::COLO, self.0.colo.as_str())?;
+        head.insert_header(headers::COLO, request.colo.as_str())?;
         head.insert_header(headers::REQUEST, request.id.as_str())?;
         if let Some(token) = &self.0.token {
             head.insert_header(headers::TOKEN, token.clone())?;
@@ -527,10 +583,48 @@ impl Proxy {
                 "/"
             }
         };
-        let uri: Uri = path
-            .parse()
-            .or_err_with(ErrorType::InvalidHTTPHeader, || format!("path {path:?}"))?;
-        head.set_uri(uri);
+        head.set_uri(uri(path)?);
+        Ok(())
+    }
+}
+
+fn uri(path_and_query: &str) -> Result<Uri> {
+    path_and_query
+        .parse()
+        .or_err_with(ErrorType::InvalidHTTPHeader, || {
+            format!("path {path_and_query:?}")
+        })
+}
+
+impl Answer {
+    async fn send(self, session: &mut Session) -> Result<()> {
+        let (status, body) = match &self {
+            Self::Fixed(fixed) => (fixed.status, fixed.body.clone()),
+            Self::Redirect { status, .. } => (*status, Bytes::new()),
+        };
+        let mut head = ResponseHeader::build(status, Some(4))?;
+        // Where there cannot be a body, there is no length either (RFC 9110, 8.6).
+        if status != StatusCode::NO_CONTENT {
+            head.insert_header(CONTENT_LENGTH, HeaderValue::from(body.len()))?;
+        }
+        match self {
+            Self::Fixed(fixed) => {
+                for (name, value) in &fixed.headers {
+                    head.append_header(name, value)?;
+                }
+            }
+            Self::Redirect { location, .. } => head.insert_header(LOCATION, location)?,
+        }
+        let bodiless = session.req_header().method == Method::HEAD
+            || body.is_empty()
+            || status == StatusCode::NO_CONTENT
+            || status == StatusCode::NOT_MODIFIED;
+        session
+            .write_response_header(Box::new(head), bodiless)
+            .await?;
+        if !bodiless {
+            session.write_response_body(Some(body), true).await?;
+        }
         Ok(())
     }
 }
@@ -576,15 +670,23 @@ fn ours(headers: &http::HeaderMap) -> Option<HeaderName> {
         .cloned()
 }
 
-/// Who asks.
-fn client_ip(session: &Session) -> Option<IpAddr> {
+/// Of the `Host` header, or of the URI in HTTP/2.
+fn host(head: &RequestHeader) -> Option<&str> {
+    match head.headers.get(HOST) {
+        Some(host) => host.to_str().ok(),
+        None => Some(head.uri.authority()?.as_str()),
+    }
+}
+
+/// The other end of the connection.
+fn peer_ip(session: &Session) -> Option<IpAddr> {
     let address = session.client_addr()?.as_inet()?;
     Some(address.ip())
 }
 
 /// Tells an app who asked, by the names that proxies have always used.
 fn forwarded(session: &Session, head: &mut RequestHeader) -> Result<()> {
-    if let Some(client) = client_ip(session).map(|client| client.to_string()) {
+    if let Some(client) = peer_ip(session).map(|client| client.to_string()) {
         // One chain, however many lines it came in.
         let known = head.headers.get_all(FORWARDED_FOR).iter();
         let known = known.filter_map(|line| line.to_str().ok());
@@ -622,8 +724,8 @@ async fn refuse(session: &mut Session, request: &mut Request, problem: &Problem)
     if let Some(seconds) = problem.retry_after_seconds() {
         head.insert_header(RETRY_AFTER, HeaderValue::from(seconds))?;
     }
-    if let Some(allow) = problem.allow {
-        head.insert_header(ALLOW, allow)?;
+    if let Some(allow) = &problem.allow {
+        head.insert_header(ALLOW, allow.as_ref())?;
     }
     let bodiless = session.req_header().method == Method::HEAD;
     session

@@ -1,26 +1,28 @@
-//! From URL to target: pure, no I/O. The public contract for objects comes first, then the routes of
-//! the config file.
+//! From a request to its target: pure, no I/O. The public contract for objects comes first, then the
+//! routes of the config file: of those that match, the highest priority, then the most specific one.
+//!
+//! Two steps, because who asks is known only in between: [`Routes::find`] needs nothing but the head;
+//! [`Routes::target`] makes names out of it, with the claims of a verified token.
 
-use std::fmt;
+mod contract;
+pub mod pattern;
 
-use http::Method;
-use protocol::{ClassName, Home, ObjectId, ObjectName, Problem, limits};
+use std::cmp::Reverse;
+use std::str::FromStr;
+use std::sync::Arc;
 
-use crate::asked::Asked;
-use crate::config::Config;
+use http::{HeaderName, HeaderValue, Method, StatusCode};
+use ops::config::Broken;
+use protocol::{ClassName, Home, ObjectId, ObjectName, Problem};
+
+use crate::asked::{Asked, Params};
+use crate::config::{Config, RespondConfig, RouteConfig, Scope};
+use crate::shard::Sharding;
+use crate::template::{Source, Template};
+use pattern::{HostPattern, PathPattern};
 
 /// Labels in metrics for what the config does not name.
 pub const RESERVED_LABELS: [&str; 4] = ["objects", "rpc", "new", "none"];
-
-/// Where a request goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Target {
-    Object(Box<ObjectTarget>),
-    /// A route of the config, by its index.
-    App {
-        route: usize,
-    },
-}
 
 /// One object, and what is asked of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,229 +55,531 @@ impl ObjectTarget {
     }
 }
 
-/// The config's routes, ready to match.
-#[derive(Debug, Clone, Default)]
-pub struct Routes(Vec<Route>);
-
-#[derive(Debug, Clone)]
-pub struct Route {
-    pub name: String,
-    pub upstream: String,
-    host: Option<String>,
-    pattern: Pattern,
+/// What a request matches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// `/objects/…`
+    Objects,
+    /// `/rpc/…`
+    Rpc,
+    /// A route of the config, by its index, with its parameters.
+    Route { index: usize, params: Params },
 }
 
-/// A path, or a prefix.
+/// Where a request goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Pattern {
-    Exact(String),
-    /// Ends in `/`; also matches the path without that slash.
-    Prefix(String),
+pub enum Target {
+    Object(Box<ObjectTarget>),
+    /// The app upstream of a route. The path and query that it shall see, unless as they came.
+    App {
+        route: usize,
+        path_and_query: Option<String>,
+    },
+    Redirect {
+        status: StatusCode,
+        location: HeaderValue,
+    },
+    Respond(Arc<Fixed>),
 }
 
-impl Pattern {
+/// An answer that is always the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fixed {
+    pub status: StatusCode,
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    pub body: bytes::Bytes,
+}
+
+/// The config's routes, ready to match.
+#[derive(Debug, Default)]
+pub struct Routes {
+    /// In the order in which they are tried: the first that matches is the one.
+    routes: Vec<Route>,
+    /// Classes whose names mean an object per colo under `/objects` and `/rpc`.
+    colo_scoped: Vec<ClassName>,
+}
+
+#[derive(Debug)]
+pub struct Route {
+    /// In metrics.
+    pub label: Arc<str>,
+    /// Which upstream, if it is for an app.
+    pub upstream: Option<String>,
+    host: Option<HostPattern>,
+    path: PathPattern,
+    /// Empty: any.
+    methods: Vec<Method>,
+    /// With `None`, any value.
+    headers: Vec<(HeaderName, Option<HeaderValue>)>,
+    priority: i32,
+    goal: Goal,
+    rewrite: Option<Template>,
+    sharding: Option<Sharding>,
+}
+
+#[derive(Debug)]
+enum Goal {
+    App,
+    Object {
+        class: ClassName,
+        name: Template,
+        scope: Scope,
+        /// Of a call; `None` is the object's `fetch`.
+        method: Option<String>,
+    },
+    Redirect {
+        status: StatusCode,
+        to: Template,
+    },
+    Respond(Arc<Fixed>),
+}
+
+/// Prefixes that belong to the public contract.
+const CONTRACT: [&str; 3] = ["objects", "rpc", "counters"];
+
+impl Routes {
     /// # Errors
-    /// The rule that the text breaks.
-    pub fn new(text: &str) -> Result<Self, &'static str> {
-        if !text.starts_with('/') {
-            return Err("must begin with /");
+    /// The key that breaks a rule.
+    pub fn new(config: &Config) -> Result<Self, Broken> {
+        let mut routes: Vec<Route> = Vec::with_capacity(config.routes.len());
+        for (place, route) in config.routes.iter().enumerate() {
+            let compiled = Route::new(route, config);
+            let under = |broken: Broken| broken.under(place).under("routes");
+            let compiled = compiled.map_err(under)?;
+            if routes.iter().any(|other| other.label == compiled.label) {
+                return Err(under(Broken::value(
+                    "name",
+                    &route.name,
+                    "is the name of another route too",
+                )));
+            }
+            routes.push(compiled);
         }
-        let (path, prefix) = match text.strip_suffix('*') {
-            Some(path) if path.ends_with('/') => (path, true),
-            Some(_) => return Err("may have * only at the end, after a /"),
-            None => (text, false),
-        };
-        if path.contains(['*', '?', '#']) {
-            return Err("may have * only at the end, and no ? or #");
-        }
-        Ok(if prefix {
-            Self::Prefix(path.to_owned())
-        } else {
-            Self::Exact(path.to_owned())
+        // Stable: of routes that are equal, the first of the file comes first.
+        routes.sort_by(|a, b| {
+            let rank = |route: &Route| {
+                let host = route.host.as_ref().map(HostPattern::rank);
+                Reverse((route.priority, host))
+            };
+            let details = |route: &Route| Reverse((route.headers.len(), !route.methods.is_empty()));
+            rank(a)
+                .cmp(&rank(b))
+                .then_with(|| b.path.specificity(&a.path))
+                .then_with(|| details(a).cmp(&details(b)))
+        });
+        let colo_scoped = config.objects.colo_scoped.iter().enumerate();
+        let colo_scoped = colo_scoped.map(|(place, class)| {
+            class
+                .parse()
+                .map_err(|error: protocol::ids::ClassNameError| {
+                    let broken = Broken::value(&place.to_string(), class, error);
+                    broken.under("colo_scoped").under("objects")
+                })
+        });
+        Ok(Self {
+            routes,
+            colo_scoped: colo_scoped.collect::<Result<_, _>>()?,
         })
     }
 
-    fn matches(&self, path: &str) -> bool {
-        match self {
-            Self::Exact(exact) => path == exact,
-            Self::Prefix(prefix) => {
-                path.starts_with(prefix.as_str()) || prefix.strip_suffix('/') == Some(path)
-            }
-        }
-    }
-
-    /// Longer patterns win, and exact ones over prefixes.
-    fn rank(&self) -> (usize, bool) {
-        match self {
-            Self::Exact(path) => (path.len(), true),
-            Self::Prefix(path) => (path.len(), false),
-        }
-    }
-}
-
-impl Routes {
-    /// `config` was validated.
-    pub fn new(config: &Config) -> Self {
-        let routes = config.routes.iter().map(|route| Route {
-            name: route.name.clone(),
-            upstream: route.upstream.clone(),
-            host: route.host.clone(),
-            pattern: Pattern::new(&route.path).expect("validated"),
-        });
-        Self(routes.collect())
-    }
-
     pub fn get(&self, index: usize) -> &Route {
-        &self.0[index]
+        &self.routes[index]
     }
 
-    fn find(&self, asked: &Asked<'_>) -> Option<usize> {
+    pub fn iter(&self) -> impl Iterator<Item = &Route> {
+        self.routes.iter()
+    }
+
+    /// What the request matches; the routes of the config are not asked for what belongs to objects.
+    pub fn find(&self, asked: &Asked<'_>) -> Result<Found, Problem> {
+        if asked.path.starts_with("/objects/") {
+            return Ok(Found::Objects);
+        }
+        if asked.path.starts_with("/rpc/") {
+            return Ok(Found::Rpc);
+        }
+        if pattern::has_dot_segment(asked.path) {
+            return Err(Problem::bad_request(format!(
+                "path {:?} has a segment `.` or `..`; clients resolve those",
+                asked.path
+            )));
+        }
         let host = asked.host_name();
-        let applies = |route: &Route| {
-            let right_host = match &route.host {
-                None => true,
-                Some(wanted) => host.is_some_and(|host| host.eq_ignore_ascii_case(wanted)),
+        let mut allowed: Vec<&str> = Vec::new();
+        for (index, route) in self.routes.iter().enumerate() {
+            let Some(params) = route.matches(asked, host) else {
+                continue;
             };
-            right_host && route.pattern.matches(asked.path)
-        };
-        self.0
-            .iter()
-            .enumerate()
-            .filter(|(_, route)| applies(route))
-            .max_by_key(|(_, route)| (route.host.is_some(), route.pattern.rank()))
-            .map(|(index, _)| index)
-    }
-}
-
-/// Where the request goes, or why nowhere. `random` makes the id when a new one is asked for.
-pub fn decide(
-    routes: &Routes,
-    asked: Asked<'_>,
-    random: impl FnOnce() -> [u8; 20],
-) -> Result<Target, Problem> {
-    if let Some(rest) = asked.path.strip_prefix("/objects/") {
-        return objects(asked, rest, random).map(|target| Target::Object(Box::new(target)));
-    }
-    if let Some(rest) = asked.path.strip_prefix("/rpc/") {
-        return rpc(asked, rest).map(|target| Target::Object(Box::new(target)));
-    }
-    match routes.find(&asked) {
-        Some(route) => Ok(Target::App { route }),
-        None => Err(Problem::not_found(format!(
+            if route.methods.is_empty() || route.methods.contains(asked.method) {
+                return Ok(Found::Route { index, params });
+            }
+            allowed.extend(route.methods.iter().map(Method::as_str));
+        }
+        if !allowed.is_empty() {
+            allowed.sort_unstable();
+            allowed.dedup();
+            return Err(Problem::method_not_allowed(
+                allowed.join(", "),
+                format!("{} is not offered at {:?}", asked.method, asked.path),
+            ));
+        }
+        Err(Problem::not_found(format!(
             "nothing is at {:?}; there are /objects/{{class}}/{{name}}, /rpc/{{class}}/{{name}}/{{method}} \
              and the routes of the gateway's configuration",
             asked.path
-        ))),
+        )))
+    }
+
+    /// Where a request goes that [`find`](Self::find) found. `asked` has the parameters of that, and claims
+    /// if there are any. `random` makes the id when a new one is asked for.
+    pub fn target(
+        &self,
+        found: Found,
+        asked: &Asked<'_>,
+        random: impl FnOnce() -> [u8; 20],
+    ) -> Result<Target, Problem> {
+        let after = |prefix: &str| asked.path.strip_prefix(prefix).unwrap_or_default();
+        let object = |target| Target::Object(Box::new(target));
+        match found {
+            Found::Objects => {
+                contract::objects(self, asked, after("/objects/"), random).map(object)
+            }
+            Found::Rpc => contract::rpc(self, asked, after("/rpc/")).map(object),
+            Found::Route { index, .. } => self.routes[index].target(index, asked),
+        }
+    }
+
+    /// Where the names of a class live, under `/objects` and `/rpc`.
+    fn home(&self, class: &ClassName, asked: &Asked<'_>) -> Home {
+        match self.colo_scoped.contains(class) {
+            true => Home::Colo(asked.colo),
+            false => Home::Global,
+        }
     }
 }
 
-/// `{class}`, `{class}/{name}`, `{class}/{name}/{path…}`, the name also as `id:{hex}`.
-fn objects(
-    asked: Asked<'_>,
-    rest: &str,
-    random: impl FnOnce() -> [u8; 20],
-) -> Result<ObjectTarget, Problem> {
-    let (class, rest) = match rest.split_once('/') {
-        Some((class, rest)) => (parse_class(class)?, rest),
-        None => (parse_class(rest)?, ""),
-    };
-    if rest.is_empty() {
-        if asked.method != Method::POST {
-            return Err(Problem::method_not_allowed(
-                "POST",
+impl Route {
+    fn new(config: &RouteConfig, all: &Config) -> Result<Self, Broken> {
+        if config.name.is_empty() || RESERVED_LABELS.contains(&config.name.as_str()) {
+            return Err(Broken::value(
+                "name",
+                &config.name,
                 format!(
-                    "{} is not offered here; POST makes a new unique id, and /objects/{class}/{{name}} \
-                     is an object",
-                    asked.method
+                    "must not be empty and not one of {}",
+                    RESERVED_LABELS.join(", ")
                 ),
             ));
         }
-        let id = ObjectId::unique(&class, Home::Global, random());
-        return Ok(ObjectTarget {
-            class,
-            id,
-            name: None,
-            ask: Ask::Create,
+        let path = PathPattern::new(&config.path)
+            .map_err(|rule| Broken::value("path", &config.path, rule))?;
+        if let Some(ours) = CONTRACT.iter().find(|segment| path.begins_with(segment)) {
+            return Err(Broken::value(
+                "path",
+                &config.path,
+                format!("would hide /{ours}, which belongs to objects"),
+            ));
+        }
+        let host = config
+            .host
+            .as_ref()
+            .map(|host| HostPattern::new(host).map_err(|rule| Broken::value("host", host, rule)));
+        let sharding = config.shard.as_ref().map(|shard| {
+            Sharding::new(shard, path.params()).map_err(|broken| broken.under("shard"))
         });
+        let sharding = sharding.transpose()?;
+        let templates = Templates {
+            params: path.params(),
+            sharded: sharding.is_some(),
+        };
+        let goal = Goal::new(config, all, &templates)?;
+        let rewrite = config.rewrite.as_ref().map(|to| match &goal {
+            Goal::App | Goal::Object { method: None, .. } if to.starts_with('/') => {
+                templates.location("rewrite", to)
+            }
+            Goal::App | Goal::Object { method: None, .. } => {
+                Err(Broken::value("rewrite", to, "must begin with /"))
+            }
+            _ => Err(Broken::value(
+                "rewrite",
+                to,
+                "is for routes to an upstream or to an object",
+            )),
+        });
+        Ok(Self {
+            label: config.name.as_str().into(),
+            upstream: config.upstream.clone(),
+            host: host.transpose()?,
+            methods: methods(config, &goal)?,
+            headers: header_matches(config)?,
+            priority: config.priority,
+            goal,
+            rewrite: rewrite.transpose()?,
+            sharding,
+            path,
+        })
     }
-    let (segment, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let (id, name) = identify(&class, segment)?;
-    let path = if path.is_empty() { "/" } else { path };
-    let path_and_query = match asked.query {
-        Some(query) => format!("{path}?{query}"),
-        None => path.to_owned(),
+
+    /// Names of the parameters of its path.
+    pub fn params(&self) -> &[Box<str>] {
+        self.path.params()
+    }
+
+    /// How uneven the shards of this route are used, if it has any and was used.
+    pub fn skew(&self) -> Option<f64> {
+        self.sharding.as_ref()?.skew()
+    }
+
+    /// What an operator should hear of.
+    pub fn warning(&self) -> Option<String> {
+        let warning = self.sharding.as_ref()?.warning()?;
+        Some(format!("route {:?}: {warning}", self.label))
+    }
+
+    /// Everything but the method.
+    fn matches(&self, asked: &Asked<'_>, host: Option<&str>) -> Option<Params> {
+        let params = self.path.matches(asked.path)?;
+        let right_host = match &self.host {
+            None => true,
+            Some(wanted) => host.is_some_and(|host| wanted.matches(host)),
+        };
+        let has = |(name, value): &(HeaderName, Option<HeaderValue>)| match value {
+            None => asked.headers.contains_key(name),
+            Some(value) => asked.headers.get_all(name).iter().any(|line| line == value),
+        };
+        (right_host && self.headers.iter().all(has)).then_some(params)
+    }
+
+    fn target(&self, index: usize, asked: &Asked<'_>) -> Result<Target, Problem> {
+        let mut text = String::new();
+        let mut asked = *asked;
+        if let Some(sharding) = &self.sharding {
+            let shard = sharding.choose(&asked, &mut text);
+            asked.shard = Some(shard.map_err(contract::bad_request)?);
+        }
+        match &self.goal {
+            Goal::App => Ok(Target::App {
+                route: index,
+                path_and_query: self.rewritten(&asked)?,
+            }),
+            Goal::Object {
+                class,
+                name,
+                scope,
+                method,
+            } => {
+                text.clear();
+                name.render(&asked, &mut text)
+                    .map_err(contract::bad_request)?;
+                let name: ObjectName = text.parse().map_err(contract::bad_request)?;
+                let home = match scope {
+                    Scope::Global => Home::Global,
+                    Scope::Colo => Home::Colo(asked.colo),
+                };
+                let ask = match method {
+                    Some(method) => Ask::Call {
+                        method: method.clone(),
+                    },
+                    None => Ask::Fetch {
+                        path_and_query: match self.rewritten(&asked)? {
+                            Some(path_and_query) => path_and_query,
+                            None => with_query(asked.path.to_owned(), &asked),
+                        },
+                    },
+                };
+                Ok(Target::Object(Box::new(ObjectTarget {
+                    id: ObjectId::named(class, home, &name),
+                    class: class.clone(),
+                    name: Some(name),
+                    ask,
+                })))
+            }
+            Goal::Redirect { status, to } => {
+                to.render(&asked, &mut text)
+                    .map_err(contract::bad_request)?;
+                let location = HeaderValue::try_from(with_query(text, &asked));
+                Ok(Target::Redirect {
+                    status: *status,
+                    location: location.map_err(contract::bad_request)?,
+                })
+            }
+            Goal::Respond(fixed) => Ok(Target::Respond(Arc::clone(fixed))),
+        }
+    }
+
+    fn rewritten(&self, asked: &Asked<'_>) -> Result<Option<String>, Problem> {
+        let Some(rewrite) = &self.rewrite else {
+            return Ok(None);
+        };
+        let mut text = String::new();
+        rewrite
+            .render(asked, &mut text)
+            .map_err(contract::bad_request)?;
+        Ok(Some(with_query(text, asked)))
+    }
+}
+
+/// Adds the query of the request to a location that has none.
+fn with_query(mut location: String, asked: &Asked<'_>) -> String {
+    if let Some(query) = asked.query
+        && !location.contains('?')
+    {
+        location.push('?');
+        location.push_str(query);
+    }
+    location
+}
+
+/// What the templates of one route may use.
+struct Templates<'a> {
+    params: &'a [Box<str>],
+    sharded: bool,
+}
+
+impl Templates<'_> {
+    fn key(&self, key: &str, text: &str) -> Result<Template, Broken> {
+        self.check(key, Template::key(text, self.params))
+    }
+
+    fn location(&self, key: &str, text: &str) -> Result<Template, Broken> {
+        self.check(key, Template::location(text, self.params))
+    }
+
+    fn check(
+        &self,
+        key: &str,
+        parsed: Result<Template, crate::template::TemplateError>,
+    ) -> Result<Template, Broken> {
+        let template = parsed.map_err(|error| Broken::new(key, format!("is no {error}")))?;
+        if !self.sharded && template.sources().any(|source| *source == Source::Shard) {
+            return Err(Broken::value(
+                key,
+                template.as_str(),
+                "uses {shard}, and the route has no shard table",
+            ));
+        }
+        Ok(template)
+    }
+}
+
+impl Goal {
+    fn new(config: &RouteConfig, all: &Config, templates: &Templates<'_>) -> Result<Self, Broken> {
+        let goals = [
+            config.upstream.is_some(),
+            config.object.is_some(),
+            config.rpc.is_some(),
+            config.redirect.is_some(),
+            config.respond.is_some(),
+        ];
+        if goals.iter().filter(|goal| **goal).count() != 1 {
+            return Err(Broken::new(
+                "name",
+                format!(
+                    "= {:?} must have exactly one of upstream, object, rpc, redirect, respond",
+                    config.name
+                ),
+            ));
+        }
+        if let Some(upstream) = &config.upstream {
+            if all.upstreams.contains_key(upstream) {
+                return Ok(Self::App);
+            }
+            let known: Vec<&str> = all.upstreams.keys().map(String::as_str).collect();
+            let rule = format!("is not among the upstreams ({})", known.join(", "));
+            return Err(Broken::value("upstream", upstream, rule));
+        }
+        let class = |text: &str| {
+            ClassName::from_str(text).map_err(|error| Broken::value("class", text, error))
+        };
+        if let Some(object) = &config.object {
+            let goal = || {
+                Ok(Self::Object {
+                    class: class(&object.class)?,
+                    name: templates.key("name", &object.name)?,
+                    scope: object.scope,
+                    method: None,
+                })
+            };
+            return goal().map_err(|broken: Broken| broken.under("object"));
+        }
+        if let Some(rpc) = &config.rpc {
+            let goal = || {
+                let method = contract::method_name(&rpc.method)
+                    .map_err(|rule| Broken::value("method", &rpc.method, rule))?;
+                Ok(Self::Object {
+                    class: class(&rpc.class)?,
+                    name: templates.key("name", &rpc.name)?,
+                    scope: rpc.scope,
+                    method: Some(method.to_owned()),
+                })
+            };
+            return goal().map_err(|broken: Broken| broken.under("rpc"));
+        }
+        if let Some(redirect) = &config.redirect {
+            let goal = || {
+                let legal = [301, 302, 303, 307, 308].contains(&redirect.status);
+                let status = StatusCode::from_u16(redirect.status).ok().filter(|_| legal);
+                let rule = "must be 301, 302, 303, 307 or 308";
+                Ok(Self::Redirect {
+                    status: status.ok_or_else(|| Broken::value("status", redirect.status, rule))?,
+                    to: templates.location("to", &redirect.to)?,
+                })
+            };
+            return goal().map_err(|broken: Broken| broken.under("redirect"));
+        }
+        let respond = config.respond.as_ref().expect("one of the five is there");
+        let fixed = Fixed::new(respond).map_err(|broken| broken.under("respond"))?;
+        Ok(Self::Respond(Arc::new(fixed)))
+    }
+}
+
+impl Fixed {
+    fn new(config: &RespondConfig) -> Result<Self, Broken> {
+        let status = StatusCode::from_u16(config.status)
+            .ok()
+            .filter(|status| (200..=599).contains(&status.as_u16()))
+            .ok_or_else(|| Broken::value("status", config.status, "must be from 200 to 599"))?;
+        let headers = config.headers.iter().map(|(name, value)| {
+            let broken = || Broken::value(name, value, "cannot be a header").under("headers");
+            let parsed = name.parse().ok().zip(value.parse().ok());
+            parsed.ok_or_else(broken)
+        });
+        Ok(Self {
+            status,
+            headers: headers.collect::<Result<_, _>>()?,
+            body: config.body.clone().into(),
+        })
+    }
+}
+
+fn methods(config: &RouteConfig, goal: &Goal) -> Result<Vec<Method>, Broken> {
+    if config.methods.is_empty()
+        && let Goal::Object {
+            method: Some(_), ..
+        } = goal
+    {
+        return Ok(vec![Method::POST]);
+    }
+    let parse = |(place, text): (usize, &String)| {
+        let upper = text.bytes().all(|byte| byte.is_ascii_uppercase());
+        let method = Method::from_str(text).ok().filter(|_| upper);
+        method.ok_or_else(|| {
+            Broken::value(&place.to_string(), text, "must be a method in upper case")
+                .under("methods")
+        })
     };
-    Ok(ObjectTarget {
-        class,
-        id,
-        name,
-        ask: Ask::Fetch { path_and_query },
-    })
+    config.methods.iter().enumerate().map(parse).collect()
 }
 
-/// `{class}/{name}/{method}`.
-fn rpc(asked: Asked<'_>, rest: &str) -> Result<ObjectTarget, Problem> {
-    let mut parts = rest.split('/');
-    let (Some(class), Some(segment), Some(method), None) =
-        (parts.next(), parts.next(), parts.next(), parts.next())
-    else {
-        return Err(Problem::not_found(format!(
-            "{:?} must be /rpc/{{class}}/{{name}}/{{method}}; a / in a name is written %2F",
-            asked.path
-        )));
+fn header_matches(config: &RouteConfig) -> Result<Vec<(HeaderName, Option<HeaderValue>)>, Broken> {
+    let parse = |(name, value): (&String, &String)| {
+        let broken = || Broken::value(name, value, "cannot be a header").under("headers");
+        let wanted = match value.as_str() {
+            "*" => None,
+            value => Some(HeaderValue::from_str(value).map_err(|_| broken())?),
+        };
+        Ok((name.parse().map_err(|_| broken())?, wanted))
     };
-    if asked.method != Method::POST {
-        return Err(Problem::method_not_allowed(
-            "POST",
-            format!("{} is not offered here; calls are POST", asked.method),
-        ));
-    }
-    let class = parse_class(class)?;
-    let (id, name) = identify(&class, segment)?;
-    Ok(ObjectTarget {
-        class,
-        id,
-        name,
-        ask: Ask::Call {
-            method: parse_method(method)?,
-        },
-    })
-}
-
-/// The object that a path segment denotes. `id:` counts only as it is: a name that begins so is
-/// written `id%3A`.
-fn identify(class: &ClassName, segment: &str) -> Result<(ObjectId, Option<ObjectName>), Problem> {
-    if let Some(hex) = segment.strip_prefix("id:") {
-        let id: ObjectId = hex.parse().map_err(bad_request)?;
-        return Ok((id.check_class(class).map_err(bad_request)?, None));
-    }
-    let name = ObjectName::decode(segment).map_err(bad_request)?;
-    Ok((ObjectId::named(class, Home::Global, &name), Some(name)))
-}
-
-fn parse_class(text: &str) -> Result<ClassName, Problem> {
-    text.parse().map_err(bad_request)
-}
-
-fn parse_method(text: &str) -> Result<String, Problem> {
-    let legal = text.len() <= limits::METHOD_NAME_BYTES_MAX
-        && text.starts_with(|first: char| first.is_ascii_alphabetic() || first == '_')
-        && text
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
-    if legal {
-        Ok(text.to_owned())
-    } else {
-        let shown: String = text.chars().take(80).collect();
-        Err(Problem::bad_request(format!(
-            "method name {shown:?} must be a letter or `_` followed by at most {} letters, digits or `_`",
-            limits::METHOD_NAME_BYTES_MAX - 1
-        )))
-    }
-}
-
-fn bad_request(error: impl fmt::Display) -> Problem {
-    Problem::bad_request(error.to_string())
+    config.headers.iter().map(parse).collect()
 }
 
 #[cfg(test)]

@@ -85,6 +85,7 @@ impl Gateway {
     /// runtime for the background task that keeps the ring.
     pub async fn start(config: &Config, ring: RingFrom) -> Result<Self, StartError> {
         config.validate()?;
+        warn_of(config);
         let registry = Arc::new(Registry::default());
         let shared = Arc::new(Shared {
             colo: config.site()?,
@@ -174,6 +175,7 @@ impl Gateway {
     /// Takes the routes and upstreams of a new configuration. Requests under way keep the old ones.
     pub async fn reload(&self, config: &Config) -> Result<(), StartError> {
         config.validate()?;
+        warn_of(config);
         let dynamic = Dynamic::new(config).await?;
         self.shared.dynamic.store(Arc::new(dynamic));
         Ok(())
@@ -190,6 +192,25 @@ impl Gateway {
         }
     }
 
+    /// All metrics as Prometheus text.
+    pub fn render_metrics(&self) -> String {
+        self.measure();
+        self.registry.handle().render()
+    }
+
+    /// Brings gauges up to date that nobody sets as things happen.
+    fn measure(&self) {
+        let version = self.shared.placement.version();
+        let version = version.map_or(0, |RingVersion(version)| version.get());
+        let metrics = &self.shared.metrics;
+        metrics.ring_version.set(version as f64);
+        for route in self.shared.dynamic.load().routes.iter() {
+            if let Some(skew) = route.skew() {
+                metrics.shard_skew(&route.label).set(skew);
+            }
+        }
+    }
+
     /// Stops accepting, lets requests under way finish, and ends the threads. Takes at most
     /// `drain_max`. Blocks.
     pub fn shut_down(self) {
@@ -203,6 +224,12 @@ impl Gateway {
                 std::panic::resume_unwind(panic);
             }
         }
+    }
+}
+
+fn warn_of(config: &Config) {
+    for warning in config.warnings() {
+        warn!(warning, "the configuration is legal, but unusual");
     }
 }
 
@@ -359,9 +386,7 @@ pub struct GatewayAdmin {
 
 impl Admin for GatewayAdmin {
     fn metrics(&self) -> String {
-        let version = self.gateway.shared.placement.version();
-        let version = version.map_or(0, |RingVersion(version)| version.get());
-        self.gateway.shared.metrics.ring_version.set(version as f64);
+        self.gateway.measure();
         self.metrics.render()
     }
 
@@ -397,6 +422,9 @@ fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let config = args.load()?;
     if args.process.check {
         token_header(&config.token)?;
+        for warning in config.warnings() {
+            process::print_line(&format!("warning: {warning}"));
+        }
         process::print_line("the configuration is valid");
         return Ok(());
     }
@@ -447,6 +475,10 @@ pub async fn reload(gateway: &Gateway, file: Option<&PathBuf>) {
     };
     match reloaded {
         Ok(()) => info!(file = %file.display(), "routes reloaded"),
+        Err(StartError::Config(error)) => {
+            let error = error.located(Some(file));
+            warn!(error = %Causes(&error), "reload refused; the routes are unchanged");
+        }
         Err(error) => warn!(error = %Causes(&error), "reload refused; the routes are unchanged"),
     }
 }

@@ -13,7 +13,8 @@
 //! | `{shard}` | the shard that the route's `shard` table computed |
 //!
 //! `{query.x|text}` gives `text` when the value is missing, empty or not UTF-8; without a `|` the
-//! result is [`Incomplete`]. `{{` and `}}` are braces.
+//! result is [`Incomplete`]. (In a location, an empty rest of a path is not missing.) `{{` and `}}` are
+//! braces.
 //!
 //! **Keys name things, so two requests with different values never get one key.** Clients choose the
 //! values: were they put in as they are, `{query.a}:{query.b}` would give `x:y:z` for both `x`, `y:z` and
@@ -161,7 +162,10 @@ impl Template {
                 } => {
                     let start = out.len();
                     let encode = self.purpose == Purpose::Location;
-                    if put(source, asked, out, encode).is_none() || out.len() == start {
+                    let found = put(source, asked, out, encode);
+                    // The rest of a path may be empty; in a location that is no gap.
+                    let may_be_empty = encode && matches!(source, Source::Path { .. });
+                    if found.is_none() || (out.len() == start && !may_be_empty) {
                         out.truncate(start);
                         out.push_str(fallback.as_deref().ok_or(Incomplete(source))?);
                     }

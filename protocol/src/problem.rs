@@ -1,5 +1,7 @@
 //! The body of a refusal: `application/problem+json` (RFC 9457).
 
+use std::borrow::Cow;
+
 use serde::Serialize;
 
 use crate::error_code::ErrorCode;
@@ -21,7 +23,7 @@ pub struct Problem {
     /// The error came out of class code rather than from the system around it.
     pub remote: bool,
     /// Value of the `Allow` header (RFC 9110, 10.2.1), required with `method_not_allowed`.
-    pub allow: Option<&'static str>,
+    pub allow: Option<Cow<'static, str>>,
 }
 
 impl Problem {
@@ -43,9 +45,12 @@ impl Problem {
         Self::new(ErrorCode::NotFound, detail)
     }
 
-    pub fn method_not_allowed(allow: &'static str, detail: impl Into<String>) -> Self {
+    pub fn method_not_allowed(
+        allow: impl Into<Cow<'static, str>>,
+        detail: impl Into<String>,
+    ) -> Self {
         Self {
-            allow: Some(allow),
+            allow: Some(allow.into()),
             ..Self::new(ErrorCode::MethodNotAllowed, detail)
         }
     }

@@ -129,7 +129,7 @@ impl ClassError {
         match self {
             Self::BadRequest(_) => Problem::bad_request(detail),
             Self::NotFound(_) => Problem::not_found(detail),
-            Self::MethodNotAllowed { allow, .. } => Problem::method_not_allowed(allow, detail),
+            Self::MethodNotAllowed { allow, .. } => Problem::method_not_allowed(*allow, detail),
             Self::PayloadTooLarge(_) => Problem::new(ErrorCode::PayloadTooLarge, detail),
             Self::Thrown { .. } => Problem::new(ErrorCode::Internal, detail),
             Self::Storage(error) if error.is_of_the_platform() => {

@@ -233,8 +233,9 @@ impl Server {
         if let Some(seconds) = problem.retry_after_seconds() {
             headers.insert(RETRY_AFTER, seconds.into());
         }
-        if let Some(allow) = problem.allow {
-            headers.insert(ALLOW, HeaderValue::from_static(allow));
+        let allow = problem.allow.as_deref();
+        if let Some(allow) = allow.and_then(|allow| HeaderValue::from_str(allow).ok()) {
+            headers.insert(ALLOW, allow);
         }
         if problem.code == ErrorCode::NotOwner {
             headers.insert(headers::EPOCH, self.ring.version().0.get().into());

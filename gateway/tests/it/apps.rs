@@ -111,7 +111,7 @@ fn a_reload_changes_the_routes_and_a_bad_one_changes_nothing() {
         .block_on(front.gateway.reload(&config))
         .unwrap();
     assert_eq!(front.get("/shop").status, 200);
-    config.routes[0].upstream = "nowhere".to_owned();
+    config.routes[0].upstream = Some("nowhere".to_owned());
     let error = front
         .runtime
         .block_on(front.gateway.reload(&config))

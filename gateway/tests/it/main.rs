@@ -4,4 +4,5 @@
 
 mod apps;
 mod objects;
+mod routes;
 mod support;

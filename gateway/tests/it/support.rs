@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::io::Read;
-use std::net::{SocketAddr, TcpListener};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -284,11 +284,22 @@ impl Front {
         self.send(self.request("POST", path), body)
     }
 
+    /// What comes back for these bytes, until the gateway closes the connection.
+    pub(crate) fn raw(&self, request: &str) -> String {
+        let mut stream = TcpStream::connect(self.gateway.address()).unwrap();
+        let wait = Some(Duration::from_secs(30));
+        stream.set_read_timeout(wait).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
     /// Waits until a line of the metrics has this value: requests are counted after their answer left.
     #[track_caller]
     pub(crate) fn eventually(&self, line: &str, value: f64) {
         let found = || {
-            let metrics = self.gateway.registry().handle().render();
+            let metrics = self.gateway.render_metrics();
             let found = metrics
                 .lines()
                 .find_map(|found| found.strip_prefix(line)?.strip_prefix(' '));

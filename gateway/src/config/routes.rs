@@ -1,0 +1,152 @@
+//! `[[routes]]`: what is matched, and what is done with it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// One route. Exactly one of `upstream`, `object`, `rpc`, `redirect` and `respond` says where to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RouteConfig {
+    /// Unique; the label of this route in metrics.
+    pub name: String,
+    /// See [`PathPattern`](crate::route::pattern::PathPattern).
+    pub path: String,
+    /// Only requests for this host, without its port; `*.example.org` is any host below that one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// Only these methods. Empty: any, but for `rpc` only POST.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub methods: Vec<String>,
+    /// Only requests with these headers; the value `*` is any value.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub headers: BTreeMap<String, String>,
+    /// Where several routes match, the highest wins, before the most specific one.
+    #[serde(default)]
+    pub priority: i32,
+    /// One of `upstreams`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upstream: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object: Option<ObjectRouteConfig>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rpc: Option<RpcRouteConfig>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redirect: Option<RedirectConfig>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub respond: Option<RespondConfig>,
+    /// A template: the path that the upstream or object sees. The query is kept unless it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rewrite: Option<String>,
+    /// Computes `{shard}` for templates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shard: Option<ShardConfig>,
+}
+
+/// `object`: the `fetch` of an object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ObjectRouteConfig {
+    pub class: String,
+    /// A template of the object's name.
+    pub name: String,
+    #[serde(default)]
+    pub scope: Scope,
+}
+
+/// `rpc`: the call of a method; the body is the array of its arguments.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RpcRouteConfig {
+    pub class: String,
+    /// A template of the object's name.
+    pub name: String,
+    pub method: String,
+    #[serde(default)]
+    pub scope: Scope,
+}
+
+/// Where the objects of a name live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// One object per name.
+    #[default]
+    Global,
+    /// One object per name and colo, on the nodes of the colo where the request came in.
+    Colo,
+}
+
+/// `redirect`: to another URL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RedirectConfig {
+    /// A template. The query is kept unless it has one.
+    pub to: String,
+    /// 301, 302, 303, 307 or 308.
+    #[serde(default = "permanent_redirect")]
+    pub status: u16,
+}
+
+fn permanent_redirect() -> u16 {
+    308
+}
+
+/// `respond`: always the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RespondConfig {
+    /// From 200 to 599.
+    #[serde(default = "ok")]
+    pub status: u16,
+    #[serde(default)]
+    pub body: String,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub headers: BTreeMap<String, String>,
+}
+
+fn ok() -> u16 {
+    200
+}
+
+/// `shard`: a number below `count`, `{shard}` in templates.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ShardConfig {
+    /// A template of what is hashed or compared. Not for `random` and `round-robin`.
+    pub by: String,
+    pub hash: ShardHash,
+    /// 10 to 1,000 are advised. Not for `range`.
+    pub count: u32,
+    /// For `range`: where the second and each further shard begins, ascending, letters' case aside.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub bounds: Vec<String>,
+}
+
+impl Default for ShardConfig {
+    fn default() -> Self {
+        Self {
+            by: String::new(),
+            hash: ShardHash::default(),
+            count: 100,
+            bounds: Vec::new(),
+        }
+    }
+}
+
+/// How a shard is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShardHash {
+    /// xxh3 of 64 bits; fast, and even for any keys.
+    #[default]
+    Xxh3,
+    /// The string hash of the sharding examples for Workers, bit for bit.
+    Java31,
+    /// By ranges of keys.
+    Range,
+    /// Anywhere, for writes that may go to any shard.
+    Random,
+    /// One after the other.
+    RoundRobin,
+}
