@@ -186,6 +186,23 @@ impl Admin {
         self.ask(Method::GET, path, "")
     }
 
+    /// Asks for what is read piece by piece.
+    pub(crate) fn open(&self, path: &str) -> Result<Response<Body>, AdminError> {
+        self.send(Method::GET, path, "")
+    }
+
+    /// Sends what a reader has.
+    pub(crate) fn put(&self, path: &str, mut body: &mut dyn Read) -> Result<(), AdminError> {
+        let body = ureq::SendBody::from_reader(&mut body);
+        let mut answer = self.send(Method::PUT, path, body)?;
+        // Read, so that the connection can be used again.
+        let read = answer.body_mut().read_to_string();
+        read.map(drop).map_err(|source| AdminError::Exchange {
+            url: format!("{}{path}", self.url),
+            source,
+        })
+    }
+
     /// Saves an answer in a file, which is there whole or not at all.
     pub(crate) fn download(&self, path: &str, file: &Path) -> Result<u64, AdminError> {
         let mut answer = self.send(Method::GET, path, "")?;

@@ -2,6 +2,7 @@
 
 mod admin;
 mod alarms;
+mod backup;
 mod dev;
 mod fsck;
 mod objects;
@@ -37,6 +38,9 @@ enum Command {
     Alarms(alarms::Command),
     /// Runs SQL in the database of an object
     Sql(objects::SqlArgs),
+    /// Saves all objects elsewhere, and brings them back
+    #[command(subcommand)]
+    Backup(backup::Command),
     /// Checks a data directory that no node uses, without changing it
     Fsck(fsck::Args),
     /// Open-loop load with verified answers
@@ -53,6 +57,7 @@ fn main() -> ExitCode {
         Some(Command::Objects(command)) => objects::main(&command),
         Some(Command::Alarms(command)) => alarms::main(&command),
         Some(Command::Sql(args)) => objects::main_sql(&args),
+        Some(Command::Backup(command)) => backup::main(&command),
         Some(Command::Fsck(args)) => fsck::main(&args),
         Some(Command::Loadtest(command)) => loadtest::main(&command),
     }

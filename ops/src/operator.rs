@@ -5,6 +5,8 @@
 //! |---------|---------|
 //! | `GET /objects`, `GET /alarms` | every worker; their pages are merged into one, `{"objects": […], "next"}` |
 //! | `POST /objects/{id}/fork` with `{"to", "name", "replace", "bookmark" or "time_ms"}` | the owner of `{id}` for a copy, and the owner of `to` to take it |
+//! | `GET /backup` | nobody: says how many workers there are, each of which has a part of a backup |
+//! | `GET /backup/{n}` | the worker of that number: all its objects, one after the other |
 //! | anything else below `/objects/{id}` and `/alarms/{id}` | the owner |
 
 use std::cmp::Ordering;
@@ -16,6 +18,7 @@ use http::uri::PathAndQuery;
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
+use protocol::ring::Worker;
 use protocol::{ErrorCode, ObjectId, Problem, Ring, headers};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
@@ -107,7 +110,7 @@ impl Front {
     /// Whether a page is one of these.
     pub fn answers(path: &str) -> bool {
         let first = path.split('/').nth(1);
-        matches!(first, Some("objects" | "alarms"))
+        matches!(first, Some("objects" | "alarms" | "backup"))
     }
 
     pub async fn answer(&self, request: Request<Incoming>) -> Page {
@@ -124,6 +127,9 @@ impl Front {
             .ok_or_else(|| Problem::unavailable("no node has told this gateway its ring yet"))?;
         let path = request.uri().path().to_owned();
         let mut parts = path.split('/').skip(2);
+        if path.split('/').nth(1) == Some("backup") {
+            return self.backup(ring, parts.next(), &request).await;
+        }
         let Some(id) = parts.next() else {
             if request.method() != Method::GET {
                 return Err(Problem::method_not_allowed(
@@ -187,11 +193,9 @@ impl Front {
         let query = uri.query().unwrap_or("");
         let parameters: ListParameters = serde_urlencoded::from_str(query)
             .map_err(|error| Problem::bad_request(format!("parameters {query:?}: {error}")))?;
-        let workers = ring
-            .workers()
-            .iter()
-            .filter(|worker| self.node.as_ref().is_none_or(|node| *node == worker.node));
-        let pages = workers.map(|worker| self.page(&worker.address, uri));
+        let pages = self
+            .workers(ring)
+            .map(|worker| self.page(&worker.address, uri));
         let mut rows = Vec::new();
         for page in try_join_all(pages).await? {
             match page {
@@ -211,6 +215,41 @@ impl Front {
             .flatten();
         let objects: Vec<Json> = rows.into_iter().map(|row| row.object).collect();
         Ok(json(&json!({ "objects": objects, "next": next })))
+    }
+
+    /// The workers that this stands before.
+    fn workers<'r>(&self, ring: &'r Ring) -> impl Iterator<Item = &'r Worker> {
+        let of_node = |worker: &&Worker| self.node.as_ref().is_none_or(|node| *node == worker.node);
+        ring.workers().iter().filter(of_node)
+    }
+
+    async fn backup<B>(
+        &self,
+        ring: &Ring,
+        part: Option<&str>,
+        request: &Request<B>,
+    ) -> Result<Page, Problem> {
+        if request.method() != Method::GET {
+            return Err(Problem::method_not_allowed(
+                "GET",
+                format!("{} is not offered here", request.method()),
+            ));
+        }
+        let count = self.workers(ring).count();
+        let Some(part) = part else {
+            return Ok(json(&json!({ "parts": count })));
+        };
+        let number: Option<usize> = part.parse().ok();
+        let worker = number.and_then(|number| self.workers(ring).nth(number));
+        let worker = worker.ok_or_else(|| {
+            Problem::not_found(format!(
+                "part {part:?} of a backup: there are {count}, from 0 on"
+            ))
+        })?;
+        let query = request.uri().query().unwrap_or("");
+        let request = get(format!("/backup?{query}").parse().ok())?;
+        let answer = self.ask(&worker.address, request).await?;
+        Ok(answer.map(BodyExt::boxed))
     }
 
     /// One worker's page, or what it says instead.

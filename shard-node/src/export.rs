@@ -12,17 +12,38 @@ use crate::history::unnamed_file;
 use crate::storage::logged::Snapshot;
 use crate::storage::{Engine, Logged};
 
-/// Bytes that are copied at once: other objects wait for some tenths of a millisecond.
+/// Bytes that are copied at once: other objects wait for some tenths of a millisecond. What is no larger is
+/// copied into memory.
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// A copy of a database.
 pub(crate) struct Copied {
-    /// Without a name, and at its beginning.
-    pub(crate) file: File,
+    pub(crate) pages: Pages,
     pub(crate) bytes: u64,
     pub(crate) page_bytes: u32,
     /// It has all commits up to here.
     pub(crate) bookmark: Bookmark,
+}
+
+/// All pages, one after the other.
+pub(crate) enum Pages {
+    Memory(Vec<u8>),
+    /// In a file without a name, which is at its beginning.
+    File(File),
+}
+
+impl Pages {
+    pub(crate) fn into_file(self, spool: &Path) -> io::Result<File> {
+        match self {
+            Self::File(file) => Ok(file),
+            Self::Memory(bytes) => {
+                let mut file = unnamed_file(spool)?;
+                file.write_all(&bytes)?;
+                file.rewind()?;
+                Ok(file)
+            }
+        }
+    }
 }
 
 /// Why there is no copy.
@@ -50,10 +71,28 @@ pub(crate) async fn copy(
     let Some(snapshot) = engine.snapshot(id, shard)? else {
         return Ok(None);
     };
+    let pages = read(&snapshot, spool).await?;
+    is_durable(engine, &snapshot).await?;
+    Ok(Some(Copied {
+        pages,
+        bytes: snapshot.bytes(),
+        page_bytes: u32::try_from(snapshot.page_bytes()).expect("at most 65536"),
+        bookmark: snapshot.bookmark(),
+    }))
+}
+
+async fn read(snapshot: &Snapshot, spool: &Path) -> Result<Pages, CopyError> {
+    let small = usize::try_from(snapshot.bytes()).is_ok_and(|bytes| bytes <= CHUNK_BYTES);
+    if small {
+        let mut pages = Vec::new();
+        snapshot
+            .read(1, snapshot.pages(), &mut pages)
+            .map_err(CopyError::Read)?;
+        return Ok(Pages::Memory(pages));
+    }
     let mut file = unnamed_file(spool).map_err(CopyError::Write)?;
     let at_once = u32::try_from(CHUNK_BYTES / snapshot.page_bytes()).unwrap_or(1);
-    let mut chunk =
-        Vec::with_capacity(CHUNK_BYTES.min(usize::try_from(snapshot.bytes()).unwrap_or(0)));
+    let mut chunk = Vec::with_capacity(CHUNK_BYTES);
     for first in (1..=snapshot.pages()).step_by(at_once as usize) {
         chunk.clear();
         snapshot
@@ -66,13 +105,7 @@ pub(crate) async fn copy(
         (file, chunk) = joined(wrote.await).map_err(CopyError::Write)?;
     }
     file.rewind().map_err(CopyError::Write)?;
-    is_durable(engine, &snapshot).await?;
-    Ok(Some(Copied {
-        file,
-        bytes: snapshot.bytes(),
-        page_bytes: u32::try_from(snapshot.page_bytes()).expect("at most 65536"),
-        bookmark: snapshot.bookmark(),
-    }))
+    Ok(Pages::File(file))
 }
 
 /// Returns when what a snapshot shows is durable.

@@ -16,10 +16,12 @@
 //! | `PUT /objects/{id}/import?name&replace&alarm` | the body becomes its database |
 //! | `POST /objects/{id}/sql` | `{"sql", "params", "write", "who", "why"}`: runs SQL, which only reads unless `write` |
 //! | `GET /alarms?state&class&from&below&after&limit` | a page of the objects with alarms |
+//! | `GET /backup?since_ms&after` | all objects with their databases, one after the other, see [`backup`] |
 //! | `POST /alarms/{id}/fire`, `DELETE /alarms/{id}` | runs the alarm now; cancels it |
 //! | `POST /alarms/{id}/retry`, `DELETE /alarms/{id}/dead` | runs the dead letter again; drops it |
 
 mod audit;
+mod backup;
 mod copies;
 mod past;
 
@@ -63,7 +65,7 @@ pub(crate) struct Operator {
     pub(crate) ring: Arc<Ring>,
     /// This worker, as an index into the ring's list.
     pub(crate) me: usize,
-    pub(crate) catalogs: Vec<(Home, ShardId)>,
+    pub(crate) catalogs: Rc<[(Home, ShardId)]>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) sql: Arc<SqlConfig>,
     /// One import at a time: each holds its database in memory several times over.
@@ -126,6 +128,7 @@ impl Operator {
         let method = request.method().clone();
         match (&method, parts.as_slice()) {
             (&Method::GET, ["objects"]) => self.list(parameters(&request)?, Order::Name).await,
+            (&Method::GET, ["backup"]) => self.backup(&request).await,
             (&Method::GET, ["alarms"]) => self.list(parameters(&request)?, Order::Alarm).await,
             (_, [kind @ ("objects" | "alarms"), id, action @ ..]) => {
                 let object = self.address(id)?;

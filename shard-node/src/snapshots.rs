@@ -15,6 +15,7 @@ use crate::clock::Clock;
 use crate::export::{CopyError, copy};
 use crate::metrics::Metrics;
 use crate::storage::Logged;
+use crate::store::StoreError;
 
 /// How often somebody looks whether there is anything to copy.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -68,13 +69,14 @@ impl Keeper {
             return Ok(());
         }
         let copied = copy(&self.engine, id, shard, &self.spool).await?;
-        let Some(mut copied) = copied else {
+        let Some(copied) = copied else {
             return Ok(());
         };
-        let (archive, worker) = (self.archive.clone(), self.worker);
+        let (archive, worker, spool) = (self.archive.clone(), self.worker, self.spool.clone());
         let kept = tokio::task::spawn_blocking(move || {
             let (bookmark, page_bytes) = (copied.bookmark, copied.page_bytes);
-            archive.put_snapshot(id.into(), worker, bookmark, page_bytes, &mut copied.file)
+            let mut file = copied.pages.into_file(&spool).map_err(StoreError::from)?;
+            archive.put_snapshot(id.into(), worker, bookmark, page_bytes, &mut file)
         });
         kept.await??;
         self.metrics.snapshots.increment(1);

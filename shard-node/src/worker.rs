@@ -128,7 +128,7 @@ impl Worker {
             classes: self.classes.clone(),
             ring: Arc::clone(&self.ring),
             me: self.me,
-            catalogs: catalogs.clone(),
+            catalogs: catalogs.as_slice().into(),
             clock: Arc::clone(&self.clock),
             sql: Arc::clone(&self.host.sql),
             importing: tokio::sync::Semaphore::new(1),

@@ -64,7 +64,7 @@ impl Bucket {
     }
 
     /// Files of the bucket whose names end so.
-    fn files(&self, suffix: &str) -> Vec<PathBuf> {
+    pub(crate) fn files(&self, suffix: &str) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut directories = vec![self.directory.path().join("keep")];
         while let Some(directory) = directories.pop() {

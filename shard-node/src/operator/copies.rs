@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{Stream, stream};
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http::{HeaderValue, Request, Response};
 use http_body_util::{BodyExt, StreamBody};
@@ -19,10 +19,12 @@ use tokio::time::Instant;
 use super::{Answer, Operator, answer, checked_name, parameters};
 use crate::alarm::AlarmState;
 use crate::class::{Body, ClassError};
-use crate::export::{CopyError, copy, joined};
+use crate::export::{CopyError, Pages, copy, joined};
 use crate::host::Address;
 use crate::storage::Identity;
 use crate::storage::image::{Image, ImageError, KeepAlarm};
+
+pub(super) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Media type of a SQLite file (<https://www.iana.org/assignments/media-types/application/vnd.sqlite3>).
 pub(super) const MEDIA_TYPE: &str = "application/vnd.sqlite3";
@@ -57,7 +59,10 @@ impl Operator {
         self.row(object).await?;
         let copied = copy(&self.engine, object.id, object.shard, &self.spool).await;
         match copied.map_err(|error| no_copy(&error))? {
-            Some(copied) => Ok(file_answer(copied.file, copied.bytes)),
+            Some(copied) => Ok(match copied.pages {
+                Pages::Memory(pages) => database_answer(Body::from(pages), copied.bytes),
+                Pages::File(file) => file_answer(file, copied.bytes),
+            }),
             None => Err(Problem::not_found(format!(
                 "object {} was deleted just now",
                 object.id
@@ -237,9 +242,22 @@ pub(super) struct Checked {
     image: Image,
 }
 
-/// A file as an answer.
+/// A database in a file as an answer.
 pub(super) fn file_answer(file: File, bytes: u64) -> Response<Body> {
-    let chunks = stream::try_unfold(file, |mut file| async move {
+    database_answer(Body::stream(StreamBody::new(chunks(file))), bytes)
+}
+
+fn database_answer(body: Body, bytes: u64) -> Response<Body> {
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+    headers.insert(CONTENT_LENGTH, bytes.into());
+    response
+}
+
+/// What follows in a file, piece by piece.
+pub(super) fn chunks(file: File) -> impl Stream<Item = Result<Frame<Bytes>, BoxError>> {
+    stream::try_unfold(file, |mut file| async move {
         let read = tokio::task::spawn_blocking(move || {
             let mut chunk = vec![0; CHUNK_BYTES];
             let bytes = file.read(&mut chunk)?;
@@ -251,12 +269,7 @@ pub(super) fn file_answer(file: File, bytes: u64) -> Response<Body> {
             return Ok(None);
         }
         Ok(Some((Frame::data(Bytes::from(chunk)), file)))
-    });
-    let mut response = Response::new(Body::stream(StreamBody::new(chunks)));
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
-    headers.insert(CONTENT_LENGTH, bytes.into());
-    response
+    })
 }
 
 pub(super) fn unreadable(error: &dyn std::error::Error) -> Problem {

@@ -319,6 +319,9 @@ impl Logged {
         limit: u32,
     ) -> rusqlite::Result<Vec<Row>> {
         let catalog = FileId::catalog(home, shard);
+        if !self.0.exists(catalog, shard)? {
+            return Ok(Vec::new());
+        }
         let connect = |catalog| self.0.open(catalog, shard);
         self.0.catalogs.list(catalog, after, limit, &connect)
     }

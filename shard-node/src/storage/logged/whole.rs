@@ -143,6 +143,16 @@ impl Logged {
         self.0.exists(id.into(), shard)
     }
 
+    /// An object's database has not changed since then, or no later than a loss of power could hide. `None`
+    /// if it has none.
+    pub fn changed(&self, id: ObjectId, shard: ShardId) -> rusqlite::Result<Option<Bookmark>> {
+        let database = self.0.open_database(id.into(), shard)?;
+        let exists = database.overlay.borrow().committed_pages() > 0;
+        let changed = database.changed.get();
+        self.0.release(&database);
+        Ok(exists.then_some(changed))
+    }
+
     /// Bytes of the database of an object; 0 if it has none.
     pub fn bytes(&self, id: ObjectId, shard: ShardId) -> rusqlite::Result<u64> {
         let database = self.0.open_database(id.into(), shard)?;
