@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use rusqlite::Connection;
 use serde_json::{Value, json};
@@ -141,10 +142,9 @@ fn backups_are_incremental_and_can_be_pruned() {
     process.signal("TERM");
     assert!(process.wait().success());
     for file in walk(&data.join("shards")) {
-        let old = std::time::SystemTime::now() - std::time::Duration::from_secs(600);
-        std::fs::File::open(file)
-            .unwrap()
-            .set_modified(old)
+        let file = std::fs::File::open(file).unwrap();
+        let modified = file.metadata().unwrap().modified().unwrap();
+        file.set_modified(modified - Duration::from_secs(600))
             .unwrap();
     }
     let process = Process::start(&mut dev(&data));
