@@ -65,6 +65,7 @@ impl Fixture {
             mailbox: MailboxConfig::default(),
             objects: ObjectsConfig::default(),
             alarms: AlarmsConfig::default(),
+            expiry: Arc::default(),
             sql: Arc::default(),
         };
         let metrics = Rc::new(Metrics::new(Arc::new(Registry::default()), 0));

@@ -3,6 +3,7 @@
 mod admin;
 mod alarms;
 mod backup;
+mod bulk;
 mod dev;
 mod fsck;
 mod objects;

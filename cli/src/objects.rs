@@ -11,6 +11,7 @@ use serde_json::{Value as Json, json};
 use ureq::http::Method;
 
 use crate::admin::{Admin, AdminArgs, AdminError, ObjectArgs, with_parameters};
+use crate::bulk::{self, BulkArgs};
 use crate::show;
 
 #[derive(Debug, Subcommand)]
@@ -33,6 +34,8 @@ pub(crate) enum Command {
     Delete(DeleteArgs),
     /// Takes an object out of memory, unless it is busy
     Sleep(OneArgs),
+    /// Does the same to many objects
+    Bulk(BulkArgs),
 }
 
 #[derive(Debug, Args)]
@@ -206,6 +209,7 @@ fn run(command: &Command) -> Result<(), AdminError> {
         Command::Bookmark(args) => bookmark(args),
         Command::Delete(args) => delete(args),
         Command::Sleep(args) => sleep(args),
+        Command::Bulk(args) => bulk::run(args),
     }
 }
 

@@ -61,6 +61,8 @@ pub(crate) struct Note {
     pub(crate) bytes: u64,
     pub(crate) first_ms: u64,
     pub(crate) used_ms: u64,
+    /// The catalog should know the last use at least so well.
+    pub(crate) used_within_ms: u64,
     /// The alarm, if any of them changed it.
     pub(crate) alarm: Option<AlarmState>,
     /// One of them deleted the object; it exists again if it has bytes.
@@ -73,6 +75,7 @@ impl Note {
         self.since = self.since.min(older.since);
         self.first_ms = self.first_ms.min(older.first_ms);
         self.used_ms = self.used_ms.max(older.used_ms);
+        self.used_within_ms = self.used_within_ms.min(older.used_within_ms);
         self.named = self.named.take().or(older.named);
         if !self.deleted {
             self.alarm = self.alarm.take().or(older.alarm);
@@ -498,7 +501,7 @@ fn write(connection: &Connection, file: FileId, note: &Note) -> rusqlite::Result
     let name = note.named.as_ref().and_then(|named| named.name.as_ref());
     let name = name.map_or("", |name| name.as_str());
     let (bytes, used) = (signed(note.bytes), signed(note.used_ms));
-    let stale = signed(note.used_ms.saturating_sub(USED_WITHIN_MILLIS));
+    let stale = signed(note.used_ms.saturating_sub(note.used_within_ms));
     // Most notes are of objects that are here, and many change nothing.
     let mut update = connection.prepare_cached(
         "UPDATE objects SET bytes = ?2, used_ms = max(used_ms, ?3), \

@@ -10,6 +10,7 @@
 
 mod alarm;
 mod body;
+mod once;
 
 use std::cell::Cell;
 use std::future::Future;
@@ -255,6 +256,19 @@ impl Context {
     /// The name this object was called by, now or ever before; `None` for unique ids.
     pub fn name(&self) -> Result<Option<ObjectName>, StorageError> {
         self.0.storage.name()
+    }
+
+    /// Deletes all that the object has: tables, pairs and the alarm, in the transaction of this turn
+    /// (Cloudflare's `deleteAll`, as of 2026-02-24). If nothing is written after it, the object ceases to exist
+    /// with its sleep.
+    pub fn delete_all(&self) -> Result<(), ClassError> {
+        self.delete_alarm()?;
+        self.delete_all_but_alarm()
+    }
+
+    /// The same as it was before that date: the alarm stays.
+    pub fn delete_all_but_alarm(&self) -> Result<(), ClassError> {
+        Ok(self.0.storage.delete_tables()?)
     }
 
     pub fn storage(&self) -> &Storage {

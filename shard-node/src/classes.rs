@@ -45,6 +45,11 @@ impl Classes {
             .find(|class| id.check_class(class.name()).is_ok())
     }
 
+    /// Whether one has this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.0.iter().any(|class| class.name().as_str() == name)
+    }
+
     /// All names, for the refusal of one that is not among them.
     pub fn names(&self) -> String {
         let names: Vec<&str> = self.0.iter().map(|class| class.name().as_str()).collect();

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::alarms::AlarmsConfig;
 use crate::archive::ArchiveConfig;
+use crate::expiry::ExpiryConfig;
 use crate::storage::{LogConfig, SqlConfig};
 
 /// Everything a node can be told. Every key has a default; `config/shard-node.toml` shows them all.
@@ -44,6 +45,7 @@ pub struct Config {
     pub log: LogConfig,
     pub alarms: AlarmsConfig,
     pub archive: ArchiveConfig,
+    pub expiry: ExpiryConfig,
 }
 
 impl Default for Config {
@@ -65,6 +67,7 @@ impl Default for Config {
             log: LogConfig::default(),
             alarms: AlarmsConfig::default(),
             archive: ArchiveConfig::default(),
+            expiry: ExpiryConfig::default(),
         }
     }
 }
@@ -168,6 +171,7 @@ impl Config {
         if let Err(reason) = tables
             .and_then(|()| self.alarms.validate())
             .and_then(|()| self.archive.validate())
+            .and_then(|()| self.expiry.validate())
         {
             return rule(reason);
         }

@@ -30,6 +30,7 @@ use crate::alarms::{AlarmsConfig, Timers};
 use crate::class::{Class, ClassError, Context, Turn};
 use crate::clock::Clock;
 use crate::config::{MailboxConfig, ObjectsConfig};
+use crate::expiry::ExpiryConfig;
 use crate::metrics::Metrics;
 use crate::object::mailbox::{Answer, Event, Letter, Mailbox, Reply};
 use crate::object::{Failure, Object, drop_class_code};
@@ -55,6 +56,7 @@ pub struct HostConfig {
     pub objects: ObjectsConfig,
     pub sql: Arc<SqlConfig>,
     pub alarms: AlarmsConfig,
+    pub expiry: Arc<ExpiryConfig>,
 }
 
 /// Whom a request is for. The id was checked against the class; the name, if any, leads to the id.
@@ -473,6 +475,7 @@ impl Host {
         let begun = Instant::now();
         let mut now = begun;
         let mut batch = self.batch.take();
+        let mut is_use = false;
         for _ in 0..TURNS_IN_A_ROW {
             if object.broken.get() {
                 break;
@@ -494,6 +497,7 @@ impl Host {
                 // The caller hung up before anything ran.
                 continue;
             }
+            is_use |= !operates;
             let waited = now.saturating_duration_since(letter.arrived);
             self.metrics.mailbox_wait.record(waited.as_secs_f64());
             if let Some(finished) = self.start_turn(object, letter) {
@@ -510,6 +514,9 @@ impl Host {
         }
         self.commit(object, &mut batch);
         self.batch.replace(batch);
+        if is_use && !self.config.expiry.classes.is_empty() {
+            self.note_use(object, now);
+        }
         object.last_used.set(now);
         self.measure(object, now);
         let flights_full =
@@ -517,6 +524,23 @@ impl Host {
         if !object.broken.get() && !object.mailbox.borrow().is_empty() && !flights_full {
             self.make_ready(object);
         }
+    }
+
+    /// Tells the catalog that the object is used, if its class expires and that was not said lately.
+    fn note_use(&self, object: &Object, now: Instant) {
+        let classes = &self.config.expiry.classes;
+        let Some(expiry) = classes.get(object.class.name().as_str()) else {
+            return;
+        };
+        let precision = expiry.precision();
+        let lately = |told: Instant| now.duration_since(told) < precision;
+        if object.use_told.get().is_some_and(lately) || object.broken.get() {
+            return;
+        }
+        object.use_told.set(Some(now));
+        let precision_ms = u64::try_from(precision.as_millis()).unwrap_or(u64::MAX);
+        self.engine
+            .used(object.context.storage().identity(), precision_ms);
     }
 
     /// Commits a batch and answers its turns. If it cannot be committed, none of them counts.

@@ -19,6 +19,7 @@ pub mod commit_log;
 pub mod config;
 pub mod data_dir;
 pub mod disk;
+pub mod expiry;
 mod export;
 pub mod fsck;
 pub mod history;

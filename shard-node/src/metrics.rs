@@ -165,6 +165,15 @@ impl Metrics {
         counter.increment(1);
     }
 
+    /// An object of the class was deleted because nobody used it.
+    pub fn expired(&self, class: &str) {
+        let class = class.to_owned();
+        let counter = self
+            .registry
+            .register(|| counter!("shard_objects_expired_total", "class" => class));
+        counter.increment(1);
+    }
+
     /// A class has set an alarm so far ahead.
     pub fn alarm_ahead(&self, class: &ClassName, ahead: Duration) {
         let mut known = self.alarms_ahead.borrow_mut();
@@ -244,6 +253,10 @@ fn describe() {
     describe_counter!(
         "shard_archive_failures_total",
         "Segments of the commit log and large databases that the archive did not take; they are tried again"
+    );
+    describe_counter!(
+        "shard_objects_expired_total",
+        "Objects deleted because nobody had used them for as long as expiry.classes says"
     );
     describe_counter!("shard_activations_total", "Objects loaded into memory");
     describe_counter!("shard_evictions_total", "Objects that left memory");

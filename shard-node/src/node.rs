@@ -24,9 +24,11 @@ use crate::classes::Classes;
 use crate::clock::SystemClock;
 use crate::config::{Args, Config};
 use crate::data_dir::{DataDir, DataDirError};
+use crate::expiry::open_stores;
 use crate::host::HostConfig;
 use crate::storage::heap;
 use crate::storage::logged::OpenError;
+use crate::store::StoreError;
 use crate::worker::{Order, Worker};
 
 /// Why a node did not start.
@@ -46,6 +48,8 @@ pub enum StartError {
     Address { address: String, source: io::Error },
     #[error(transparent)]
     Archive(#[from] ArchiveError),
+    #[error("open where databases of expired objects go")]
+    Store(#[from] StoreError),
     #[error("start worker {worker}")]
     Thread { worker: u16, source: io::Error },
     #[error("recover worker {worker}")]
@@ -100,7 +104,17 @@ impl Node {
             objects: config.objects.clone(),
             sql: Arc::new(config.sql.clone()),
             alarms: config.alarms.clone(),
+            expiry: Arc::new(config.expiry.clone()),
         };
+        let unknown = config.expiry.classes.keys();
+        let mut unknown = unknown.filter(|class| !classes.has(class));
+        if let Some(class) = unknown.next() {
+            return Err(StartError::Config(ConfigError::Rule(format!(
+                "expiry.classes.{class} is no class of this node, which has {}",
+                classes.names()
+            ))));
+        }
+        let expired_to = open_stores(&config.expiry)?;
         let mut threads = Vec::with_capacity(listeners.len());
         for (number, (listener, disk)) in (0..).zip(listeners.into_iter().zip(disks)) {
             let me = ring
@@ -125,6 +139,7 @@ impl Node {
                 drain_max: config.drain_max,
                 disk,
                 archive: archive.clone(),
+                expired_to: expired_to.clone(),
                 log: config.log.clone(),
                 orphans: std::mem::take(&mut orphans),
                 recovered,

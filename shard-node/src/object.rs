@@ -34,6 +34,8 @@ pub(crate) struct Object {
     /// Turns that await something, by number, with what stops them.
     pub(crate) flights: RefCell<HashMap<u64, AbortHandle>>,
     pub(crate) last_used: Cell<Instant>,
+    /// When the catalog was last told of a use.
+    pub(crate) use_told: Cell<Option<Instant>>,
     /// Bytes of memory of its database when that was last looked at, and when.
     pub(crate) memory: Cell<(usize, Option<Instant>)>,
     /// Reset: nothing runs in this copy any more.
@@ -59,6 +61,7 @@ impl Object {
             queued: Cell::new(false),
             flights: RefCell::default(),
             last_used: Cell::new(Instant::now()),
+            use_told: Cell::new(None),
             memory: Cell::new((0, None)),
             broken: Cell::new(false),
         }

@@ -341,7 +341,8 @@ impl Operator {
                 return storage.read_only(|| sql::run(storage, &body.sql, body.params));
             }
             let undo = engine.bookmark();
-            let rows = sql::run(storage, &body.sql, body.params)?;
+            let mut rows = sql::run(storage, &body.sql, body.params)?;
+            rows["undo"] = undo.to_string().into();
             let detail = format!("{}, undo with {undo}", body.sql);
             audit::note(context, now, "sql", &body.who, &body.why, &detail)?;
             Ok(rows)

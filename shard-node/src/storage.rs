@@ -10,6 +10,7 @@
 mod alarm;
 mod authorizer;
 mod config;
+mod delete_all;
 mod engine;
 mod functions;
 pub(crate) mod heap;
@@ -145,6 +146,8 @@ pub struct Storage {
     gate: Cell<LogPosition>,
     /// The open transaction may have changed the alarm.
     alarm_changed: Cell<bool>,
+    /// All tables were dropped, and perhaps there are others since.
+    emptied: Cell<bool>,
     /// Told of every commit that changed the alarm.
     timers: Option<Rc<Timers>>,
 }
@@ -192,6 +195,7 @@ impl Storage {
             gate: Cell::new(LogPosition::ZERO),
             forbid_writes: Cell::new(false),
             alarm_changed: Cell::new(false),
+            emptied: Cell::new(false),
             timers: None,
         }
     }
@@ -315,6 +319,10 @@ impl Storage {
         {
             debug!(object = %self.identity.id, %error, "memory could not be released");
         }
+    }
+
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     pub fn shard(&self) -> ShardId {
@@ -480,9 +488,16 @@ impl Storage {
         let Some(open) = self.open.borrow_mut().take() else {
             return;
         };
-        self.segment.set(Segment::Clean);
-        self.batch.set(false);
+        if self.segment.replace(Segment::Clean) != Segment::Clean || self.batch.replace(false) {
+            // Closing rolls back what is not committed.
+            open.handle.close(open.connection);
+            return;
+        }
+        let is_empty = self.is_left_empty(&open);
         open.handle.close(open.connection);
+        if is_empty {
+            self.engine.delete_empty(&self.identity);
+        }
     }
 
     /// Runs `f`, in which nothing may be written.

@@ -27,6 +27,7 @@ use crate::classes::Classes;
 use crate::clock::Clock;
 use crate::commit_log::record::FileId;
 use crate::disk::Disk;
+use crate::expiry::{Stores, Sweeper};
 use crate::host::{Host, HostConfig};
 use crate::metrics::Metrics;
 use crate::operator::Operator;
@@ -55,6 +56,8 @@ pub(crate) struct Worker {
     pub(crate) spool: PathBuf,
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) archive: Option<Archive>,
+    /// Where databases of objects go that expire.
+    pub(crate) expired_to: Stores,
     pub(crate) log: LogConfig,
     pub(crate) token: Option<Arc<str>>,
     pub(crate) clock: Arc<dyn Clock>,
@@ -154,6 +157,17 @@ impl Worker {
             };
             tokio::task::spawn_local(or_abort(keeper.run()))
         });
+        let sweeper = Sweeper {
+            config: Arc::clone(&self.host.expiry),
+            stores: self.expired_to.clone(),
+            host: Rc::clone(&host),
+            engine: engine.clone(),
+            catalogs: catalogs.clone(),
+            clock: Arc::clone(&self.clock),
+            metrics: Rc::clone(&metrics),
+            spool: spool.clone(),
+        };
+        let sweeping = tokio::task::spawn_local(or_abort(sweeper.run()));
         let firing = [
             tokio::task::spawn_local(or_abort(Rc::clone(&alarms).run())),
             tokio::task::spawn_local(or_abort(Rc::clone(&alarms).watch(engine.clone(), catalogs))),
@@ -180,7 +194,7 @@ impl Worker {
             }
             Err(error) => warn!(error = %Causes(&error), "the listener cannot be used"),
         }
-        for task in tasks.into_iter().chain(keeping) {
+        for task in tasks.into_iter().chain(keeping).chain([sweeping]) {
             task.abort();
         }
         host.shut_down();

@@ -8,7 +8,7 @@ use rusqlite::Connection;
 use serde_json::{Value, json};
 
 use crate::fsck::fsck;
-use crate::support::{Process, call, dormouse, gateway, node};
+use crate::support::{Process, call, dormouse, eventually, gateway, metric, node};
 
 /// An admin address to give commands to.
 pub(crate) struct Admin<'a> {
@@ -600,7 +600,7 @@ fn alarms_are_listed_fired_cancelled_and_run_again() {
     file("last-try", Some((1000, 6)), false);
     file("dead", None, true);
     file("both", Some((FAR + 2000, 0)), true);
-    crate::support::eventually("the last try failed", || {
+    eventually("the last try failed", || {
         let dead = admin.json(&["alarms", "dead"]);
         names(&dead) == ["dead", "both", "last-try"] || names(&dead) == ["both", "dead", "last-try"]
     });
@@ -632,7 +632,7 @@ fn alarms_are_listed_fired_cancelled_and_run_again() {
     );
     // Fired now, it fails, and waits for another try.
     admin.run(&["alarms", "fire", "Queue", "farther"]);
-    crate::support::eventually("it was tried", || {
+    eventually("it was tried", || {
         admin.json(&["objects", "show", "Queue", "farther"])["alarm"]["retries"] == 3
     });
     admin.run(&["alarms", "cancel", "Queue", "far"]);
@@ -647,7 +647,7 @@ fn alarms_are_listed_fired_cancelled_and_run_again() {
     // With its tables, what was given up runs well.
     cluster.call("Queue/dead/send", json!(["work"]));
     admin.run(&["alarms", "retry", "Queue", "dead"]);
-    crate::support::eventually("it has run", || {
+    eventually("it has run", || {
         let shown = admin.json(&["objects", "show", "Queue", "dead"]);
         shown["alarm"].is_null() && shown["dead_letter"].is_null()
     });
@@ -693,4 +693,148 @@ fn without_its_token_an_admin_listener_tells_nothing() {
         .body(())
         .unwrap();
     assert_eq!(agent.run(request).unwrap().status(), 404);
+}
+
+/// The same for many objects, told by a file, and taken back by it.
+#[test]
+fn many_objects_are_changed_and_changed_back() {
+    let cluster = Cluster::start();
+    let admin = cluster.admin();
+    for object in 0..30 {
+        cluster.call(
+            &format!("Sql/m-{object}/exec"),
+            json!(["CREATE TABLE t (v); INSERT INTO t VALUES (1)"]),
+        );
+    }
+    cluster.call("Sql/other/exec", json!(["CREATE TABLE t (v)"]));
+    let file = |name: &str| cluster.dir.path().join(name).to_str().unwrap().to_owned();
+    let migrated = file("migrated");
+    let select = [
+        "objects",
+        "bulk",
+        "--class",
+        "Sql",
+        "--prefix",
+        "m-",
+        "--rate",
+        "10000",
+        "--outcome",
+    ];
+    let with = |outcome: &str, action: &[&str]| -> Vec<String> {
+        let all = select.iter().chain([&outcome]).chain(action);
+        all.map(|arg| (*arg).to_owned()).collect()
+    };
+    let run = |outcome: &str, action: &[&str]| {
+        let args = with(outcome, action);
+        admin.json(&args.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let refused = |outcome: &str, action: &[&str], want: &str| {
+        let args = with(outcome, action);
+        admin.refused(&args.iter().map(String::as_str).collect::<Vec<_>>(), want);
+    };
+    // One of them cannot be migrated.
+    cluster.call("Sql/m-7/exec", json!(["ALTER TABLE t ADD COLUMN w"]));
+    let migrate = [
+        "sql",
+        "ALTER TABLE t ADD COLUMN w; UPDATE t SET w = 2",
+        "--write",
+        "--who",
+        "me",
+        "--why",
+        "v2",
+    ];
+    refused(&migrated, &migrate, "1 objects failed");
+    let lines = std::fs::read_to_string(&migrated).unwrap();
+    assert_eq!(lines.lines().count(), 31);
+    assert!(lines.contains("duplicate column name"));
+    let value =
+        |object: u32| cluster.call(&format!("Sql/m-{object}/exec"), json!(["SELECT * FROM t"]));
+    assert_eq!(value(3)["rows"], json!([[1, 2]]));
+    // Again: only that one is tried.
+    cluster.call("Sql/m-7/exec", json!(["ALTER TABLE t DROP COLUMN w"]));
+    assert_eq!(
+        run(&migrated, &migrate),
+        json!({ "done": 1, "failed": 0, "before": 29 })
+    );
+    refused(&migrated, &["sleep"], "is the outcome of another action");
+    // And back.
+    let back = file("back");
+    assert_eq!(
+        run(&back, &["undo", &migrated]),
+        json!({ "done": 30, "failed": 0, "before": 0 })
+    );
+    for object in [3, 7, 29] {
+        assert_eq!(value(object)["rows"], json!([[1]]), "object {object}");
+    }
+    let copies = file("copies");
+    std::fs::create_dir(&copies).unwrap();
+    run(&file("exported"), &["export", &copies]);
+    assert_eq!(std::fs::read_dir(&copies).unwrap().count(), 30);
+    run(&file("asleep"), &["sleep"]);
+    refused(&file("deleted"), &["delete"], "say --yes");
+    run(&file("deleted"), &["delete", "--yes"]);
+    assert_eq!(names(&admin.json(&["objects", "ls"])), ["other"]);
+}
+
+/// Objects that nobody uses are saved and deleted; used ones, those with an alarm, and others stay.
+#[test]
+fn objects_that_nobody_uses_expire() {
+    let dir = tempfile::tempdir().unwrap();
+    let saved = dir.path().join("saved");
+    let config = dir.path().join("node.toml");
+    std::fs::write(
+        &config,
+        format!(
+            "objects.idle_after = '100ms'\n\
+             [expiry]\nscan_every = '100ms'\nclasses.Sql = {{ unused_for = '2s', save_to = {:?} }}\n\
+             classes.Queue = {{ unused_for = '1s' }}\n",
+            saved.to_str().unwrap()
+        ),
+    )
+    .unwrap();
+    let mut command = node(&dir.path().join("data"), "1");
+    let node = Process::start(command.arg("--config").arg(&config));
+    let front = Process::start(&mut gateway(&node));
+    let admin = Admin::of(&front);
+    let exec = |name: &str, sql: &str| call(&front.url, &format!("Sql/{name}/exec"), &json!([sql]));
+    exec(
+        "unused",
+        "CREATE TABLE t (v); INSERT INTO t VALUES ('kept')",
+    );
+    exec("read", "CREATE TABLE t (v)");
+    call(&front.url, "Counter/other/increment", &json!([]));
+    call(&front.url, "Queue/jobs/send", &json!(["a job"]));
+    // Its lease runs out by alarm.
+    call(
+        &front.url,
+        "Queue/jobs/receive",
+        &json!([{ "visibilityMs": 3_600_000 }]),
+    );
+    eventually("the one that nobody reads expires", || {
+        // Asleep in between: it is the catalog that must know.
+        exec("read", "SELECT * FROM t");
+        let sql = admin.json(&["objects", "ls", "--class", "Sql"]);
+        names(&sql) == ["read"]
+    });
+    let files = std::fs::read_dir(saved.join("Sql")).unwrap();
+    let files: Vec<_> = files.map(|file| file.unwrap().path()).collect();
+    assert_eq!(files.len(), 1);
+    admin.run(&[
+        "objects",
+        "import",
+        "Sql",
+        "unused",
+        files[0].to_str().unwrap(),
+    ]);
+    assert_eq!(exec("unused", "SELECT v FROM t")["rows"][0][0], "kept");
+    assert_eq!(metric(&node.admin, "shard_objects_expired_total"), 1.0);
+    drop(node);
+    std::fs::write(&config, "expiry.classes.Nope.unused_for = '2s'").unwrap();
+    let mut command = crate::support::node(&dir.path().join("data"), "1");
+    let output = command.arg("--config").arg(&config).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        error.contains("expiry.classes.Nope is no class of this node"),
+        "{error}"
+    );
 }

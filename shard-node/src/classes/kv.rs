@@ -12,6 +12,7 @@
 //! | `get(key)`, `get([keys])` | the value or null; an object of those present |
 //! | `put(key, value)`, `put({key: value, …})`, each with `{allowUnconfirmed}` | null |
 //! | `delete(key)`, `delete([keys])` | whether it was there; how many were |
+//! | `deleteAll()` | deletes everything; the object is gone when it sleeps |
 //! | `list({prefix, start, startAfter, end, limit, reverse})` | an object in the order of the keys |
 //!
 //! A value that was put over HTTP reads over RPC as JSON if that is its content type, as a string if
@@ -68,7 +69,7 @@ impl Class for Kv {
     }
 
     fn methods(&self) -> &'static [&'static str] {
-        &["get", "put", "delete", "list"]
+        &["get", "put", "delete", "list", "deleteAll"]
     }
 
     fn construct(&self, context: Context) -> Result<Rc<dyn Instance>, ClassError> {
@@ -87,6 +88,11 @@ impl Pairs {
             "get" => self.call_get(&args),
             "put" => self.call_put(args),
             "delete" => self.call_delete(&args),
+            "deleteAll" => {
+                args.expect(0..=0, "deleteAll()")?;
+                self.context.delete_all()?;
+                Ok(Json::Null)
+            }
             _ => self.call_list(args),
         }
     }

@@ -5,6 +5,7 @@
 //! | `exec(sql, params…)`, `POST /exec` with `{"sql", "params": […]}` | `{"columns", "rows", "rows_read", "rows_written"}` |
 //! | `one(sql, params…)` | the only row, as an object; no row or more than one is an error |
 //! | `size()` | bytes of the database |
+//! | `deleteAll()` | deletes everything; the object is gone when it sleeps |
 //!
 //! The SQL may have several statements; the parameters go to the last of them, and so does the
 //! answer. All of one call is one transaction. Values are JSON's, and those JSON lacks are written
@@ -39,7 +40,7 @@ impl Class for Sql {
     }
 
     fn methods(&self) -> &'static [&'static str] {
-        &["exec", "one", "size"]
+        &["exec", "one", "size", "deleteAll"]
     }
 
     fn construct(&self, context: Context) -> Result<Rc<dyn Instance>, ClassError> {
@@ -66,6 +67,11 @@ impl Database {
         match method {
             "exec" => Ok(to_json(self.call_exec("exec(sql, params…)", args)?)),
             "one" => one(self.call_exec("one(sql, params…)", args)?),
+            "deleteAll" => {
+                args.expect(0..=0, "deleteAll()")?;
+                self.context.delete_all()?;
+                Ok(Json::Null)
+            }
             _ => {
                 args.expect(0..=0, "size()")?;
                 Ok(self.context.storage().database_bytes()?.into())

@@ -43,6 +43,13 @@ pub trait Engine {
         None
     }
 
+    /// The object was used, whether or not it wrote; uses closer together than `precision_ms` may count
+    /// as one.
+    fn used(&self, _object: &Identity, _precision_ms: u64) {}
+
+    /// Nothing is in the database of an object any more, which is closed: it may go.
+    fn delete_empty(&self, _object: &Identity) {}
+
     /// Housekeeping, ten times a second.
     fn tick(&self) {}
 }

@@ -921,3 +921,78 @@ fn a_transaction_larger_than_allowed_is_refused_and_undone() {
     let check = turn(&storage, "PRAGMA integrity_check", &[]).unwrap();
     assert_eq!(check.rows, [[SqlValue::Text("ok".to_owned())]]);
 }
+
+#[test]
+fn everything_can_be_deleted_whatever_it_is() {
+    let mut fixture = Fixture::new();
+    let storage = fixture.open();
+    let fill = "CREATE TABLE parent (id INTEGER PRIMARY KEY AUTOINCREMENT, v TEXT UNIQUE);
+        CREATE TABLE child (id INTEGER PRIMARY KEY, of INTEGER NOT NULL REFERENCES parent (id));
+        CREATE INDEX child_by_parent ON child (of);
+        CREATE VIEW both AS SELECT * FROM parent JOIN child ON child.of = parent.id;
+        CREATE TRIGGER grow AFTER INSERT ON child BEGIN UPDATE parent SET v = v || '!'; END;
+        CREATE VIRTUAL TABLE words USING fts5 (text);
+        CREATE TABLE \"a \"\"quoted\"\" name\" (v);
+        INSERT INTO parent (v) VALUES ('a');
+        INSERT INTO child (of) VALUES (1);
+        INSERT INTO words VALUES ('some text');
+        ANALYZE";
+    let fill_all = || {
+        storage.begin_segment();
+        storage.exec(fill, &[], 1 << 20).unwrap();
+        storage.kv_put("key", None, b"value").unwrap();
+    };
+    let tables = || {
+        let all = "SELECT name FROM sqlite_schema WHERE name NOT LIKE '\\_dormouse%' ESCAPE '\\' \
+             AND name NOT LIKE 'sqlite%'";
+        storage.exec(all, &[], 1 << 20).unwrap().rows.len()
+    };
+    fill_all();
+    storage.commit().unwrap();
+    assert!(tables() > 8);
+    // Undone with its turn.
+    storage.begin_segment();
+    storage.delete_tables().unwrap();
+    assert_eq!((tables(), storage.kv_get("key").unwrap()), (0, None));
+    storage.rollback().unwrap();
+    assert!(tables() > 8 && storage.kv_get("key").unwrap().is_some());
+    // Also what was written in the same turn; and everything can be made again, with foreign keys.
+    storage.begin_segment();
+    storage
+        .exec("INSERT INTO child (of) VALUES (1)", &[], 1 << 20)
+        .unwrap();
+    storage.delete_tables().unwrap();
+    storage.commit().unwrap();
+    assert_eq!((tables(), storage.kv_get("key").unwrap()), (0, None));
+    fill_all();
+    storage.commit().unwrap();
+    storage.begin_segment();
+    let orphan = storage.exec("INSERT INTO child (of) VALUES (7)", &[], 1 << 20);
+    assert!(orphan.is_err() || storage.check_constraints().is_err());
+    storage.rollback().unwrap();
+    // What is empty when it is closed leaves no file.
+    storage.begin_segment();
+    storage.delete_tables().unwrap();
+    storage.commit().unwrap();
+    storage.close();
+    assert!(
+        !fixture
+            .engine()
+            .exists(fixture.identity.id, fixture.identity.shard)
+            .unwrap()
+    );
+    fixture.stop();
+    assert_eq!(fixture.files(), [""; 0]);
+    // What is not stays.
+    let storage = fixture.open();
+    storage.begin_segment();
+    storage.delete_tables().unwrap();
+    storage
+        .exec("CREATE TABLE again (v)", &[], 1 << 20)
+        .unwrap();
+    storage.commit().unwrap();
+    storage.close();
+    drop(storage);
+    fixture.stop();
+    assert_eq!(fixture.files().len(), 1);
+}

@@ -47,6 +47,7 @@ impl Class for Probe {
             "order",
             "cached",
             "throw",
+            "once",
         ]
     }
 
@@ -69,6 +70,22 @@ struct ProbeInstance {
 }
 
 impl ProbeInstance {
+    /// `once(key, fail)`: adds one to a number, once per key.
+    fn once(&self, args: &Args) -> Result<Json, ClassError> {
+        let key = args.text(0, "key")?;
+        self.context.once(key, Duration::from_secs(60), || {
+            let before = self
+                .written()?
+                .as_str()
+                .map_or(0, |text| text.parse::<u64>().unwrap());
+            self.write(&(before + 1).to_string())?;
+            if args.get(1) == Some(&Json::Bool(true)) {
+                return Err(ClassError::BadRequest("as asked".to_owned()));
+            }
+            Ok((before + 1).into())
+        })
+    }
+
     fn write(&self, value: &str) -> Result<(), ClassError> {
         self.context
             .storage()
@@ -176,6 +193,7 @@ impl Instance for ProbeInstance {
                 self.write("lost").unwrap();
                 panic!("as asked");
             }
+            "once" => Turn::Done(self.once(&args)),
             "throw" => Turn::Done(Err(ClassError::Thrown {
                 name: "RangeError".to_owned(),
                 message: "too far".to_owned(),

@@ -54,6 +54,24 @@ fn another_request_runs_while_one_awaits() {
     });
 }
 
+/// A step of a saga: however often it is asked for it happens once, and says the same.
+#[test]
+fn a_step_happens_once_per_key() {
+    let node = TestNode::start();
+    let once = |key: &str| node.result("Probe", "a", "once", json!([key]));
+    assert_eq!(
+        (once("x"), once("y"), once("x"), once("y")),
+        (json!(1), json!(2), json!(1), json!(2))
+    );
+    // What failed did not happen.
+    let failed = node.call("Probe", "a", "once", json!(["z", true]));
+    assert_eq!(failed.status, 400);
+    assert_eq!(node.result("Probe", "a", "written", json!([])), "2");
+    assert_eq!((once("z"), once("z")), (json!(3), json!(3)));
+    let refused = node.call("Probe", "a", "once", json!([""]));
+    assert!(refused.detail().contains("must have 1 to 256 bytes"));
+}
+
 #[test]
 fn a_failing_handler_undoes_its_turn() {
     let node = TestNode::start();

@@ -259,6 +259,7 @@ impl Life {
             objects: ObjectsConfig::default(),
             sql: Arc::default(),
             alarms: world.config.clone(),
+            expiry: Arc::default(),
         };
         let host = Host::new(
             config,

@@ -52,6 +52,7 @@ fn test(run: impl AsyncFnOnce(Fixture)) {
         let engine = Logged::open_idle(setup(&disk), Arc::clone(&progress)).unwrap();
         let config = HostConfig {
             alarms: AlarmsConfig::default(),
+            expiry: Arc::default(),
             mailbox: MailboxConfig::default(),
             objects: ObjectsConfig::default(),
             sql: Arc::default(),

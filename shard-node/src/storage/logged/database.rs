@@ -258,6 +258,31 @@ impl Database {
         self.room.set(self.core.transaction_bytes_max);
     }
 
+    /// Notes for the catalog that somebody used the object, if it exists.
+    pub(super) fn used(&self, precision_ms: u64) {
+        let overlay = self.overlay.borrow();
+        let bytes = u64::from(overlay.committed_pages()) * overlay.committed_page_bytes() as u64;
+        if bytes == 0 {
+            return;
+        }
+        let now = self.core.now();
+        let mut notes = self.core.notes.borrow_mut();
+        let note = notes.entry(self.id).or_insert_with(|| Note {
+            shard: self.shard,
+            // Nothing in the log says so.
+            since: self.core.log.end(),
+            named: None,
+            bytes,
+            first_ms: now,
+            used_ms: now,
+            used_within_ms: precision_ms,
+            alarm: None,
+            deleted: false,
+        });
+        note.used_ms = note.used_ms.max(now);
+        note.used_within_ms = note.used_within_ms.min(precision_ms);
+    }
+
     /// Notes for the catalog what this commit changed of what it knows.
     pub(super) fn note(
         &self,
@@ -283,6 +308,7 @@ impl Database {
             bytes,
             first_ms: now,
             used_ms: now,
+            used_within_ms: USED_WITHIN_MILLIS,
             alarm: None,
             deleted,
         });

@@ -65,6 +65,22 @@ impl Engine for Logged {
         Some((StorageError::log(&failure), objects))
     }
 
+    fn used(&self, object: &Identity, precision_ms: u64) {
+        match self.0.open_database(object.id.into(), object.shard) {
+            Ok(database) => {
+                database.used(precision_ms);
+                self.0.release(&database);
+            }
+            Err(error) => warn!(object = %object.id, %error, "a use could not be noted"),
+        }
+    }
+
+    fn delete_empty(&self, object: &Identity) {
+        if let Err(error) = self.delete(object.id, object.shard) {
+            warn!(object = %object.id, %error, "an empty database could not be removed");
+        }
+    }
+
     fn tick(&self) {
         self.0.tick();
     }

@@ -11,7 +11,7 @@ use tracing::{error, warn};
 use super::Inner;
 use super::database::Database;
 use crate::alarm::AlarmState;
-use crate::catalog::Note;
+use crate::catalog::{Note, USED_WITHIN_MILLIS};
 use crate::commit_log::record::{Commit, FileId, Named};
 use crate::commit_log::replay::{Replayed, replay};
 use crate::commit_log::segment::HEADER_BYTES;
@@ -126,6 +126,7 @@ impl Inner {
             self.core.latest_ms.set(latest);
             if !id.is_catalog() {
                 let note = Note {
+                    used_within_ms: USED_WITHIN_MILLIS,
                     shard: found.shard,
                     since: found.first,
                     named: found.named,
