@@ -12,16 +12,22 @@ use serde::{Deserialize, Serialize};
 
 use crate::client::ClientRules;
 use crate::route::{Route, Routes};
+use crate::upstream::Upstream;
 
 mod routes;
+mod upstreams;
 
 pub use routes::{
     ObjectRouteConfig, RedirectConfig, RespondConfig, RouteConfig, RpcRouteConfig, Scope,
     ShardConfig, ShardHash,
 };
+pub use upstreams::{
+    Balance, EjectConfig, HealthConfig, HttpVersion, ServerConfig, TimeoutsConfig, UpstreamConfig,
+    UpstreamRetryConfig, UpstreamTlsConfig, WeightedServerConfig,
+};
 
 /// Everything a gateway can be told. Every key has a default; `config/gateway.toml` shows them all.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     pub listen: String,
@@ -125,14 +131,6 @@ impl Default for RetryConfig {
     }
 }
 
-/// `[upstreams.NAME]`: plain HTTP servers that know nothing of Dormouse, used in turn.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct UpstreamConfig {
-    /// `host:port` each.
-    pub servers: Vec<String>,
-}
-
 /// `[client]`: who asks, when proxies stand before this gateway.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -178,19 +176,8 @@ impl Config {
             return Err(broken.under("retry").into());
         }
         for (name, upstream) in &self.upstreams {
-            let under = |broken: Broken| broken.under(name).under("upstreams");
-            if upstream.servers.is_empty() {
-                return Err(under(Broken::new("servers", "must not be empty")).into());
-            }
-            for (place, server) in upstream.servers.iter().enumerate() {
-                let port = server
-                    .rsplit_once(':')
-                    .and_then(|(_, port)| port.parse::<u16>().ok());
-                if port.is_none() {
-                    let broken = Broken::value(&place.to_string(), server, "must be host:port");
-                    return Err(under(broken.under("servers")).into());
-                }
-            }
+            let checked = Upstream::check(upstream);
+            checked.map_err(|broken| broken.under(name).under("upstreams"))?;
         }
         ClientRules::new(&self.client).map_err(|broken| broken.under("client"))?;
         Routes::new(self)?;

@@ -50,6 +50,15 @@ pub struct Metrics {
     pub ring_version: Gauge,
 }
 
+/// What is counted of one pool.
+pub struct UpstreamMetrics {
+    pub servers: Gauge,
+    pub available: Gauge,
+    pub failures: Counter,
+    pub ejections: Counter,
+    pub retries_refused: Counter,
+}
+
 #[derive(Clone)]
 struct Requests {
     total: Counter,
@@ -87,6 +96,17 @@ impl Metrics {
         handles.seconds.record(took.as_secs_f64());
     }
 
+    pub fn upstream(&self, name: &str) -> UpstreamMetrics {
+        let name = name.to_owned();
+        self.registry.register(|| UpstreamMetrics {
+            servers: gauge!("gateway_upstream_servers", "upstream" => name.clone()),
+            available: gauge!("gateway_upstream_servers_available", "upstream" => name.clone()),
+            failures: counter!("gateway_upstream_failures_total", "upstream" => name.clone()),
+            ejections: counter!("gateway_upstream_ejections_total", "upstream" => name.clone()),
+            retries_refused: counter!("gateway_upstream_retries_refused_total", "upstream" => name),
+        })
+    }
+
     /// How uneven the shards of a route are used.
     pub fn shard_skew(&self, route: &Arc<str>) -> Gauge {
         let route = route.to_string();
@@ -118,6 +138,23 @@ fn describe() {
         "From the arrival of a request's head to the end of its response"
     );
     describe_gauge!("gateway_connections", "Client connections open");
+    describe_gauge!("gateway_upstream_servers", "Servers of an upstream");
+    describe_gauge!(
+        "gateway_upstream_servers_available",
+        "Servers of an upstream that get requests: well, and not ejected"
+    );
+    describe_counter!(
+        "gateway_upstream_failures_total",
+        "Tries that failed at a server: no connection, broken, silent, or 502, 503, 504"
+    );
+    describe_counter!(
+        "gateway_upstream_ejections_total",
+        "Times that a server was left out after failures in a row"
+    );
+    describe_counter!(
+        "gateway_upstream_retries_refused_total",
+        "Retries that were not sent because the budget was spent"
+    );
     describe_gauge!(
         "gateway_shard_skew",
         "Requests of a route's busiest shard over the mean of its shards, since the routes were loaded"

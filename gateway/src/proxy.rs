@@ -1,6 +1,7 @@
 //! pingora's `ProxyHttp`: a short method per phase. pingora's error type stays in this file.
 
-use std::net::IpAddr;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,10 +9,12 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::{
-    ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, LOCATION, RETRY_AFTER, UPGRADE,
+    ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, LOCATION, RETRY_AFTER,
+    SET_COOKIE, UPGRADE,
 };
 use http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
 use ops::config::ConfigError;
+use pingora_core::protocols::ALPN;
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, OrErr, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
@@ -30,7 +33,8 @@ use crate::placement::{Owner, Placement};
 use crate::retry::{self, Failure};
 use crate::route::{Ask, Fixed, Found, ObjectTarget, Route, Routes, Target};
 use crate::server::StartError;
-use crate::upstream::Upstream;
+use crate::upstream::server::Outcome;
+use crate::upstream::{Choice, Upstream};
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -43,26 +47,34 @@ const NOT_OWNER: ErrorType = ErrorType::Custom("not_owner");
 const TOKEN_REFUSED: ErrorType = ErrorType::Custom("token_refused");
 const BODY_TOO_LARGE: ErrorType = ErrorType::Custom("body_too_large");
 const UNROUTABLE: ErrorType = ErrorType::Custom("unroutable");
+const BAD_STATUS: ErrorType = ErrorType::Custom("bad_status");
 
 /// What may change while the gateway runs.
 pub struct Dynamic {
     pub routes: Routes,
     pub client: ClientRules,
+    pub upstreams: HashMap<String, Arc<Upstream>>,
     /// The upstream of each route that has one, by the route's index.
-    upstreams: Vec<Option<Arc<Upstream>>>,
+    of_route: Vec<Option<Arc<Upstream>>>,
 }
 
 impl Dynamic {
     /// # Errors
     /// When the config breaks a rule, or a server cannot be resolved.
-    pub async fn new(config: &Config) -> Result<Self, StartError> {
+    pub async fn new(
+        config: &Config,
+        before: Option<&Self>,
+        metrics: &Metrics,
+    ) -> Result<Self, StartError> {
         let client = ClientRules::new(&config.client).map_err(|broken| broken.under("client"));
         let client = client.map_err(ConfigError::from)?;
         let routes = Routes::new(config).map_err(ConfigError::from)?;
-        let known = crate::upstream::resolve(config).await?;
-        let upstream = |route: &Route| known.get(route.upstream.as_ref()?).map(Arc::clone);
-        let upstreams = routes.iter().map(upstream).collect();
+        let none = HashMap::new();
+        let before = before.map_or(&none, |before| &before.upstreams);
+        let upstreams = crate::upstream::start(config, before, metrics).await?;
+        let upstream = |route: &Route| upstreams.get(route.upstream.as_ref()?).map(Arc::clone);
         Ok(Self {
+            of_route: routes.iter().map(upstream).collect(),
             routes,
             client,
             upstreams,
@@ -105,13 +117,28 @@ enum Aim {
         target: Box<ObjectTarget>,
         owner: Option<Owner>,
     },
-    App {
-        upstream: Arc<Upstream>,
-        /// Instead of what the client asked for.
-        path_and_query: Option<String>,
-    },
+    App(Box<AppAim>),
     /// Answered here.
     Here(Answer),
+}
+
+/// A pool, and how far a request got there.
+struct AppAim {
+    upstream: Arc<Upstream>,
+    /// Instead of what the client asked for.
+    path_and_query: Option<String>,
+    /// For the present try.
+    choice: Option<Choice>,
+    /// Servers of earlier tries.
+    tried: Vec<SocketAddr>,
+}
+
+impl AppAim {
+    fn report(&self, outcome: Outcome) {
+        if let Some(choice) = &self.choice {
+            self.upstream.report(&choice.picked.server, outcome);
+        }
+    }
 }
 
 /// An answer that needs nobody else.
@@ -172,11 +199,16 @@ impl Proxy {
             Target::App {
                 route,
                 path_and_query,
-            } => match &dynamic.upstreams[route] {
-                Some(upstream) => Ok(Aim::App {
-                    upstream: Arc::clone(upstream),
-                    path_and_query,
-                }),
+            } => match &dynamic.of_route[route] {
+                Some(upstream) => {
+                    upstream.begin();
+                    Ok(Aim::App(Box::new(AppAim {
+                        upstream: Arc::clone(upstream),
+                        path_and_query,
+                        choice: None,
+                        tried: Vec::new(),
+                    })))
+                }
                 None => Err(Problem::not_found("the route has no upstream")),
             },
             Target::Redirect { status, location } => {
@@ -283,6 +315,18 @@ impl Proxy {
                     },
                 ))
             }
+            ErrorType::TLSHandshakeFailure
+            | ErrorType::TLSHandshakeTimedout
+            | ErrorType::InvalidCert
+            | ErrorType::HandshakeError => unavailable(format!(
+                "{} cannot be reached securely",
+                request.aim.as_ref().map_or("the upstream", Aim::what)
+            )),
+            kind if *error.esource() == ErrorSource::Upstream => unavailable(format!(
+                "{} did not answer as it should: {}",
+                request.aim.as_ref().map_or("the upstream", Aim::what),
+                kind.as_str()
+            )),
             kind => Problem::new(
                 ErrorCode::Internal,
                 format!("the request failed: {}", kind.as_str()),
@@ -295,7 +339,7 @@ impl Aim {
     fn what(&self) -> &str {
         match self {
             Self::Object { .. } => "the worker of this object",
-            Self::App { upstream, .. } => upstream.name(),
+            Self::App(app) => app.upstream.name(),
             Self::Here(_) => "this gateway",
         }
     }
@@ -370,22 +414,17 @@ impl ProxyHttp for Proxy {
 
     async fn upstream_peer(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         request: &mut Request,
     ) -> Result<Box<HttpPeer>> {
-        // A try after the first begins with a pause, and with a look for a newer ring.
         if request.tries > 0 {
             self.0.metrics.retries.increment(1);
-            if matches!(request.aim, Some(Aim::Object { .. })) {
-                self.0.placement.refresh().await;
-            }
-            if let Some(pause) = retry::pause(&self.0.retry, request.tries) {
-                tokio::time::sleep(pause).await;
-            }
+            self.before_retry(request).await;
         }
         request.tries += 1;
         request.body_bytes = 0;
-        let address = match request.aim.as_mut() {
+        request.failure = None;
+        match request.aim.as_mut() {
             Some(Aim::Object { target, owner }) => {
                 let found = self.0.placement.owner(target.id).map_err(|error| {
                     request.failure = Some(Failure::NotSent);
@@ -394,20 +433,31 @@ impl ProxyHttp for Proxy {
                     error
                 })?;
                 *owner = Some(found);
-                found.address
+                let mut peer = HttpPeer::new(found.address, false, String::new());
+                peer.options.connection_timeout = Some(self.0.requests.connect_max);
+                peer.options.read_timeout = Some(self.0.requests.silence_max);
+                peer.options.write_timeout = Some(self.0.requests.silence_max);
+                peer.options.idle_timeout = Some(self.0.requests.idle_max);
+                Ok(Box::new(peer))
             }
-            Some(Aim::App { upstream, .. }) => upstream.pick(),
+            Some(Aim::App(app)) => {
+                if let Some(choice) = app.choice.take() {
+                    app.tried.push(choice.picked.server.address);
+                }
+                let asked = self.asked(session, &self.0.dynamic.load());
+                let choice = app.upstream.pick(&asked, &app.tried);
+                let mut peer = choice.picked.server.peer.clone();
+                app.choice = Some(choice);
+                if session.is_upgrade_req() {
+                    // HTTP/2 has no such upgrade.
+                    peer.options.alpn = ALPN::H1;
+                }
+                Ok(Box::new(peer))
+            }
             Some(Aim::Here(_)) | None => {
-                return Err(Error::explain(ErrorType::InternalError, "not routed"));
+                Err(Error::explain(ErrorType::InternalError, "not routed"))
             }
-        };
-        request.failure = None;
-        let mut peer = HttpPeer::new(address, false, String::new());
-        peer.options.connection_timeout = Some(self.0.requests.connect_max);
-        peer.options.read_timeout = Some(self.0.requests.silence_max);
-        peer.options.write_timeout = Some(self.0.requests.silence_max);
-        peer.options.idle_timeout = Some(self.0.requests.idle_max);
-        Ok(Box::new(peer))
+        }
     }
 
     async fn upstream_request_filter(
@@ -424,11 +474,15 @@ impl ProxyHttp for Proxy {
                 target,
                 owner: Some(owner),
             }) => self.address(head, request, target, owner),
-            Some(Aim::App { path_and_query, .. }) => {
-                if let Some(path) = path_and_query {
+            Some(Aim::App(app)) => {
+                if let Some(path) = &app.path_and_query {
                     head.set_uri(uri(path)?);
                 }
-                forwarded(session, head)
+                forwarded(session, head)?;
+                match app.upstream.host() {
+                    Some(host) => head.insert_header(HOST, host),
+                    None => Ok(()),
+                }
             }
             _ => Ok(()),
         }
@@ -436,12 +490,26 @@ impl ProxyHttp for Proxy {
 
     async fn upstream_response_filter(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         response: &mut ResponseHeader,
         request: &mut Request,
     ) -> Result<()> {
-        if !matches!(request.aim, Some(Aim::Object { .. })) {
+        if let Some(Aim::App(app)) = &request.aim {
             strip_response(response);
+            let status = response.status.as_u16();
+            app.report(match status {
+                502..=504 => Outcome::Failure,
+                _ => Outcome::Success,
+            });
+            if app.upstream.config().retry.status.contains(&status)
+                && self.tries_again(session, request, Failure::Status)
+            {
+                request.failure = Some(Failure::Status);
+                return Err(Error::new_up(BAD_STATUS));
+            }
+            if let Some(cookie) = app.choice.as_ref().and_then(|c| c.set_cookie.as_ref()) {
+                response.append_header(SET_COOKIE, cookie)?;
+            }
             return Ok(());
         }
         let Some(code) = response.headers.get(headers::ERROR) else {
@@ -463,13 +531,16 @@ impl ProxyHttp for Proxy {
 
     fn fail_to_connect(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         _peer: &HttpPeer,
         request: &mut Request,
         mut error: Box<Error>,
     ) -> Box<Error> {
         request.failure = Some(Failure::NotSent);
-        error.set_retry(retry::pause(&self.0.retry, request.tries).is_some());
+        if let Some(Aim::App(app)) = &request.aim {
+            app.report(Outcome::Failure);
+        }
+        error.set_retry(self.tries_again(session, request, Failure::NotSent));
         error
     }
 
@@ -486,13 +557,18 @@ impl ProxyHttp for Proxy {
         let failure = match request.failure {
             Some(failure) => failure,
             None if error.retry() => Failure::StaleConnection,
+            None if *error.etype() == ErrorType::ReadTimedout => Failure::Silent,
             None => Failure::Sent,
         };
         request.failure = Some(failure);
-        let again = retry::is_safe(failure, &session.req_header().method)
-            && !session.as_ref().retry_buffer_truncated()
-            && session.response_written().is_none()
-            && retry::pause(&self.0.retry, request.tries).is_some();
+        // A status that is tried again was weighed when it came.
+        let again = failure == Failure::Status || self.tries_again(session, request, failure);
+        if let Some(Aim::App(app)) = &request.aim
+            && matches!(failure, Failure::Sent | Failure::Silent)
+            && *error.esource() == ErrorSource::Upstream
+        {
+            app.report(Outcome::Failure);
+        }
         error.set_retry(again);
         error
     }
@@ -510,6 +586,9 @@ impl ProxyHttp for Proxy {
         let gone = broken && *error.esource() == ErrorSource::Downstream;
         let mut code = 0;
         if !gone && session.response_written().is_none() {
+            // pingora will close the connection; the client has to be told, or it sends its next request
+            // into the void.
+            session.downstream_session.set_keepalive(None);
             let problem = self.problem(error, request, &session.req_header().method);
             code = problem.code.status().as_u16();
             if let Err(error) = refuse(session, request, &problem).await {
@@ -585,6 +664,43 @@ impl Proxy {
         };
         head.set_uri(uri(path)?);
         Ok(())
+    }
+}
+
+impl Proxy {
+    /// Whether the request is to be sent again after this failure; for apps, it is then paid for.
+    fn tries_again(&self, session: &Session, request: &Request, failure: Failure) -> bool {
+        let method = &session.req_header().method;
+        let possible =
+            !session.as_ref().retry_buffer_truncated() && session.response_written().is_none();
+        match &request.aim {
+            Some(Aim::App(app)) => {
+                possible
+                    && retry::is_safe_for_app(failure, method)
+                    && request.tries < app.upstream.config().retry.tries_max
+                    && app.upstream.spend_retry()
+            }
+            _ => {
+                possible
+                    && retry::is_safe(failure, method)
+                    && retry::pause(&self.0.retry, request.tries).is_some()
+            }
+        }
+    }
+
+    /// A try after the first begins with a pause, and for objects with a look for a newer ring. A pool has
+    /// another server at once, while there is one that was not tried.
+    async fn before_retry(&self, request: &Request) {
+        match &request.aim {
+            Some(Aim::App(app)) if app.tried.len() + 1 < app.upstream.servers().list.len() => {
+                return;
+            }
+            Some(Aim::Object { .. }) => self.0.placement.refresh().await,
+            _ => {}
+        }
+        if let Some(pause) = retry::pause(&self.0.retry, request.tries) {
+            tokio::time::sleep(pause).await;
+        }
     }
 }
 

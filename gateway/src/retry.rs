@@ -18,6 +18,10 @@ pub enum Failure {
     NotOwner,
     /// A kept-alive connection turned out to be closed before any byte of the answer.
     StaleConnection,
+    /// An app answered with a status that its pool wants tried again.
+    Status,
+    /// No byte came in time. The request may have had its effect, and waiting was expensive.
+    Silent,
     /// The request may have had its effect.
     Sent,
 }
@@ -28,8 +32,14 @@ pub fn is_safe(failure: Failure, method: &Method) -> bool {
         Failure::NotSent | Failure::NotOwner => true,
         // It may have been processed before the connection closed.
         Failure::StaleConnection => method.is_idempotent(),
-        Failure::Sent => false,
+        Failure::Status | Failure::Silent | Failure::Sent => false,
     }
+}
+
+/// The same for an app, whose GET does what HTTP says (RFC 9110, 9.2.2): an idempotent request may be
+/// sent again whatever became of it, unless the wait was long already. The code of an object is run at most once per request instead.
+pub fn is_safe_for_app(failure: Failure, method: &Method) -> bool {
+    is_safe(failure, method) || (failure != Failure::Silent && method.is_idempotent())
 }
 
 /// The pause before the next try, after `tries` of them; `None` when it was tried enough.
@@ -53,6 +63,18 @@ mod tests {
         assert!(is_safe(Failure::NotOwner, &Method::POST));
         assert!(is_safe(Failure::NotSent, &Method::POST));
         assert!(!is_safe(Failure::Sent, &Method::GET));
+    }
+
+    #[test]
+    fn apps_get_idempotent_requests_again_and_no_others() {
+        for failure in [Failure::Sent, Failure::Status, Failure::StaleConnection] {
+            assert!(is_safe_for_app(failure, &Method::GET));
+            assert!(is_safe_for_app(failure, &Method::DELETE));
+            assert!(!is_safe_for_app(failure, &Method::POST));
+            assert!(!is_safe_for_app(failure, &Method::PATCH));
+        }
+        assert!(is_safe_for_app(Failure::NotSent, &Method::POST));
+        assert!(!is_safe_for_app(Failure::Silent, &Method::GET));
     }
 
     #[test]

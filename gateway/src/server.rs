@@ -38,7 +38,8 @@ use crate::config::{Args, Config};
 use crate::metrics::Metrics;
 use crate::placement::{Placement, RingSource};
 use crate::proxy::{Dynamic, Proxy, Shared};
-use crate::upstream::ResolveError;
+use crate::upstream::UpstreamError;
+use crate::upstream::tls::authorities_file;
 
 /// Connections that the kernel holds for us between two accepts.
 const BACKLOG: i32 = 4096;
@@ -55,7 +56,7 @@ pub enum StartError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
-    Resolve(#[from] ResolveError),
+    Upstream(#[from] UpstreamError),
     #[error("the gateway cannot listen on {address}")]
     Listen { address: String, source: io::Error },
     #[error("start a thread")]
@@ -78,6 +79,8 @@ pub struct Gateway {
     stop: watch::Sender<bool>,
     threads: Vec<JoinHandle<()>>,
     keeper: Option<tokio::task::JoinHandle<()>>,
+    /// Whether a ring is to be expected.
+    for_objects: bool,
 }
 
 impl Gateway {
@@ -87,14 +90,16 @@ impl Gateway {
         config.validate()?;
         warn_of(config);
         let registry = Arc::new(Registry::default());
+        let metrics = Metrics::new(Arc::clone(&registry));
+        let dynamic = Dynamic::new(config, None, &metrics).await?;
         let shared = Arc::new(Shared {
             colo: config.site()?,
             token: token_header(&config.token)?,
             requests: config.requests.clone(),
             retry: config.retry.clone(),
             placement: Arc::new(Placement::default()),
-            dynamic: ArcSwap::from_pointee(Dynamic::new(config).await?),
-            metrics: Metrics::new(Arc::clone(&registry)),
+            dynamic: ArcSwap::from_pointee(dynamic),
+            metrics,
         });
         let listeners =
             listen(&config.listen, config.thread_count()).map_err(|source| StartError::Listen {
@@ -107,11 +112,14 @@ impl Gateway {
                 address: config.listen.clone(),
                 source,
             })?;
+        let for_objects = matches!(ring, RingFrom::Document(_)) || !config.nodes.is_empty();
         let keeper = match ring {
             RingFrom::Document(document) => {
                 shared.placement.install(document).await;
                 None
             }
+            // Nothing but apps.
+            RingFrom::Nodes if config.nodes.is_empty() => None,
             RingFrom::Nodes => {
                 let source = RingSource {
                     nodes: config.nodes.clone(),
@@ -146,6 +154,7 @@ impl Gateway {
             stop,
             threads,
             keeper,
+            for_objects,
         })
     }
 
@@ -160,6 +169,9 @@ impl Gateway {
 
     /// Waits until requests for objects can be routed, but not for ever: apps can be served before.
     pub async fn settle(&self) {
+        if !self.for_objects {
+            return;
+        }
         let settled = async {
             while self.shared.placement.version().is_none() {
                 self.shared.placement.refresh().await;
@@ -176,20 +188,26 @@ impl Gateway {
     pub async fn reload(&self, config: &Config) -> Result<(), StartError> {
         config.validate()?;
         warn_of(config);
-        let dynamic = Dynamic::new(config).await?;
+        let before = self.shared.dynamic.load_full();
+        let dynamic = Dynamic::new(config, Some(&before), &self.shared.metrics).await?;
         self.shared.dynamic.store(Arc::new(dynamic));
         Ok(())
     }
 
-    /// Whether requests for objects can be routed.
+    /// Whether this gateway can do what it is there for: route requests for objects, if it knows of nodes,
+    /// and reach some app, if it knows of upstreams.
     pub fn health(&self) -> Result<(), String> {
         if self.threads.iter().any(JoinHandle::is_finished) {
             return Err("a thread ended".to_owned());
         }
-        match self.shared.placement.version() {
-            Some(_) => Ok(()),
-            None => Err("no node has told this gateway its ring yet".to_owned()),
+        if self.for_objects && self.shared.placement.version().is_none() {
+            return Err("no node has told this gateway its ring yet".to_owned());
         }
+        let upstreams = &self.shared.dynamic.load().upstreams;
+        if !upstreams.is_empty() && !upstreams.values().any(|upstream| upstream.is_available()) {
+            return Err("no server of any upstream is well".to_owned());
+        }
+        Ok(())
     }
 
     /// All metrics as Prometheus text.
@@ -204,7 +222,12 @@ impl Gateway {
         let version = version.map_or(0, |RingVersion(version)| version.get());
         let metrics = &self.shared.metrics;
         metrics.ring_version.set(version as f64);
-        for route in self.shared.dynamic.load().routes.iter() {
+        let dynamic = self.shared.dynamic.load();
+        dynamic
+            .upstreams
+            .values()
+            .for_each(|upstream| upstream.measure());
+        for route in dynamic.routes.iter() {
             if let Some(skew) = route.skew() {
                 metrics.shard_skew(&route.label).set(skew);
             }
@@ -237,9 +260,10 @@ fn server_conf(config: &Config) -> ServerConf {
     ServerConf {
         threads: 1,
         work_stealing: false,
+        ca_file: authorities_file(),
         upstream_keepalive_pool_size: config.requests.idle_connections_max as usize,
         // The proxy decides itself what is tried again; this only must not be less.
-        max_retries: config.retry.tries_max as usize + 1,
+        max_retries: config.retry.tries_max.max(crate::upstream::TRIES_MAX) as usize + 1,
         ..ServerConf::default()
     }
 }

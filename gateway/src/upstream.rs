@@ -1,70 +1,524 @@
-//! App upstreams: plain HTTP servers that know nothing of Dormouse.
+//! App upstreams: pools of HTTP servers that know nothing of Dormouse.
+//!
+//! A pool knows three things of each server: what asking it said (`health`), what requests said
+//! (`server`), and what is under way there. A server that is not well or ejected gets no requests, unless
+//! no other is left: then all are tried, because a chance is better than a refusal.
+
+pub mod balance;
+mod health;
+mod resolve;
+pub mod server;
+pub(crate) mod tls;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 
-use crate::config::Config;
+use arc_swap::ArcSwap;
+use http::HeaderValue;
+use ops::Causes;
+use ops::config::{Broken, ConfigError, non_empty};
+use pingora_core::protocols::ALPN;
+use pingora_core::upstreams::peer::HttpPeer;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
 
-/// One pool of servers, used in turn.
-#[derive(Debug)]
+use crate::asked::Asked;
+use crate::config::{Balance, Config, HttpVersion, RequestsConfig, UpstreamConfig};
+use crate::metrics::{Metrics, UpstreamMetrics};
+use crate::template::Template;
+use balance::Servers;
+use health::Prober;
+pub use resolve::ResolveError;
+use resolve::{Spec, resolve};
+use server::{Outcome, Picked, Server};
+use tls::Tls;
+
+/// HTTP/2 requests that share one connection to a server.
+const H2_STREAMS_MAX: usize = 100;
+
+/// One pool.
 pub struct Upstream {
-    name: String,
-    servers: Vec<SocketAddr>,
-    next: AtomicUsize,
+    name: Arc<str>,
+    config: UpstreamConfig,
+    /// For what `config.timeouts` leaves out.
+    requests: RequestsConfig,
+    compiled: Compiled,
+    servers: ArcSwap<Servers>,
+    budget: Budget,
+    metrics: UpstreamMetrics,
+    /// What looks after the servers; ends with this.
+    keepers: OnceLock<JoinSet<()>>,
 }
 
-/// Why an upstream cannot be used.
+/// What the config of a pool says, ready to use.
+struct Compiled {
+    specs: Vec<Spec>,
+    key: Option<Template>,
+    tls: Option<Tls>,
+    host: Option<HeaderValue>,
+}
+
+/// Why the pools of a config cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum ResolveError {
-    #[error("upstream {upstream}: resolve {server}")]
-    Resolve {
-        upstream: String,
-        server: String,
-        source: std::io::Error,
-    },
-    #[error("upstream {upstream}: {server} resolves to nothing")]
-    NoAddress { upstream: String, server: String },
+pub enum UpstreamError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+}
+
+/// A server for one try.
+pub struct Choice {
+    pub picked: Picked,
+    /// Tells the client to come back to it.
+    pub set_cookie: Option<HeaderValue>,
+}
+
+/// All pools of a config. Those that did not change are the ones of `before`, with all that is known of
+/// their servers. The config was validated. Needs a tokio runtime.
+pub async fn start(
+    config: &Config,
+    before: &HashMap<String, Arc<Upstream>>,
+    metrics: &Metrics,
+) -> Result<HashMap<String, Arc<Upstream>>, UpstreamError> {
+    let mut upstreams = HashMap::new();
+    for (name, upstream) in &config.upstreams {
+        let same = before.get(name).filter(|known| {
+            // Files may have changed though their names have not.
+            known.config == *upstream && known.requests == config.requests && upstream.tls.is_none()
+        });
+        let started = match same {
+            Some(known) => Arc::clone(known),
+            None => Upstream::start(name, upstream, &config.requests, metrics).await?,
+        };
+        upstreams.insert(name.clone(), started);
+    }
+    Ok(upstreams)
 }
 
 impl Upstream {
+    /// # Errors
+    /// The key, below `upstreams.NAME`, that breaks a rule.
+    pub fn check(config: &UpstreamConfig) -> Result<(), Broken> {
+        Compiled::new(config).map(|_| ())
+    }
+
+    async fn start(
+        name: &str,
+        config: &UpstreamConfig,
+        requests: &RequestsConfig,
+        metrics: &Metrics,
+    ) -> Result<Arc<Self>, UpstreamError> {
+        let under = |broken: Broken| ConfigError::from(broken.under(name).under("upstreams"));
+        let compiled = Compiled::new(config).map_err(under)?;
+        let addresses = resolve(name, &compiled.specs).await?;
+        let named = compiled.specs.iter().any(Spec::is_name);
+        let host = match non_empty(&config.host) {
+            Some(host) => host.to_owned(),
+            None => config.servers[0].address().to_owned(),
+        };
+        let prober = Prober::new(&config.health, &host)
+            .map_err(|error| under(Broken::new("health", error.to_string())))?;
+        let new_server = |(address, spec): &(SocketAddr, Spec)| {
+            let peer = compiled.peer(*address, spec, config, requests);
+            Arc::new(Server::new(*address, spec.weight, peer))
+        };
+        let servers = addresses.iter().map(new_server).collect();
+        let upstream = Arc::new(Self {
+            name: name.into(),
+            servers: ArcSwap::from_pointee(Servers::new(servers, config.balance)),
+            budget: Budget::new(config.retry.budget, config.retry.reserve),
+            metrics: metrics.upstream(name),
+            config: config.clone(),
+            requests: requests.clone(),
+            compiled,
+            keepers: OnceLock::new(),
+        });
+        let mut keepers = JoinSet::new();
+        if named {
+            keepers.spawn(keep_resolved(Arc::downgrade(&upstream)));
+        }
+        if let Some(prober) = prober {
+            keepers.spawn(keep_probed(Arc::downgrade(&upstream), prober));
+        }
+        // An empty cell takes its first value.
+        drop(upstream.keepers.set(keepers));
+        Ok(upstream)
+    }
+
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The next server in turn.
-    pub fn pick(&self) -> SocketAddr {
-        let turn = self.next.fetch_add(1, Ordering::Relaxed);
-        self.servers[turn % self.servers.len()]
+    pub fn config(&self) -> &UpstreamConfig {
+        &self.config
+    }
+
+    /// The `Host` that servers see, if not the client's.
+    pub fn host(&self) -> Option<&HeaderValue> {
+        self.compiled.host.as_ref()
+    }
+
+    pub fn is_tls(&self) -> bool {
+        self.compiled.tls.is_some()
+    }
+
+    pub fn servers(&self) -> Arc<Servers> {
+        self.servers.load_full()
+    }
+
+    /// Whether any server should get requests.
+    pub fn is_available(&self) -> bool {
+        self.servers
+            .load()
+            .list
+            .iter()
+            .any(|server| server.is_available())
+    }
+
+    /// Brings the gauges up to date.
+    pub fn measure(&self) {
+        let servers = self.servers.load();
+        let available = servers
+            .list
+            .iter()
+            .filter(|server| server.is_available())
+            .count();
+        self.metrics.available.set(available as f64);
+        self.metrics.servers.set(servers.list.len() as f64);
+    }
+
+    /// A request came. Retries of it, and of others, live from this.
+    pub fn begin(&self) {
+        self.budget.deposit();
+    }
+
+    /// Whether one more try is within the budget; if so, it is spent.
+    pub fn spend_retry(&self) -> bool {
+        let spent = self.budget.spend();
+        if !spent {
+            self.metrics.retries_refused.increment(1);
+        }
+        spent
+    }
+
+    /// A server for this request, not one of those that were `tried` if there are others.
+    pub fn pick(&self, asked: &Asked<'_>, tried: &[SocketAddr]) -> Choice {
+        let servers = self.servers.load();
+        let untried = |server: &Server| !tried.contains(&server.address);
+        let sticky = non_empty(&self.config.sticky_cookie);
+        let tag = sticky.and_then(|name| asked.cookie_value(name));
+        let stuck = tag.and_then(|tag| servers.by_tag(tag));
+        let stuck = stuck.filter(|server| server.is_available() && untried(server));
+        let server = stuck
+            .or_else(|| {
+                self.choose(&servers, asked, &|server| {
+                    server.is_available() && untried(server)
+                })
+            })
+            .or_else(|| self.choose(&servers, asked, &untried))
+            .or_else(|| self.choose(&servers, asked, &|_| true))
+            .unwrap_or(&servers.list[0]);
+        let set_cookie = sticky.filter(|_| tag != Some(server.tag.as_str()));
+        let set_cookie = set_cookie.and_then(|name| {
+            let cookie = format!("{name}={}; Path=/; HttpOnly; SameSite=Lax", server.tag);
+            HeaderValue::try_from(cookie).ok()
+        });
+        let counted = matches!(
+            self.config.balance,
+            Balance::LeastConnections | Balance::BoundedHash
+        );
+        Choice {
+            picked: Picked::new(Arc::clone(server), counted),
+            set_cookie,
+        }
+    }
+
+    fn choose<'a>(
+        &self,
+        servers: &'a Servers,
+        asked: &Asked<'_>,
+        usable: &dyn Fn(&Server) -> bool,
+    ) -> Option<&'a Arc<Server>> {
+        let keyed = |choose: &dyn Fn(&[u8]) -> Option<&'a Arc<Server>>| {
+            let mut key = String::new();
+            match self.compiled.key.as_ref()?.render(asked, &mut key) {
+                Ok(()) => choose(key.as_bytes()),
+                Err(_) => None,
+            }
+        };
+        let chosen = match self.config.balance {
+            Balance::RoundRobin => None,
+            Balance::LeastConnections => servers.least_active(usable),
+            Balance::Hash => keyed(&|key| servers.by_key(key, usable)),
+            Balance::BoundedHash => keyed(&|key| {
+                let bounded = servers.by_key_bounded(key, self.config.load_max, usable);
+                bounded.or_else(|| servers.by_key(key, usable))
+            }),
+        };
+        chosen.or_else(|| servers.in_turn(usable))
+    }
+
+    /// How a try went, as far as it concerns its server.
+    pub fn report(&self, server: &Server, outcome: Outcome) {
+        if outcome == Outcome::Failure {
+            self.metrics.failures.increment(1);
+        }
+        if server.report(outcome, &self.config.eject) {
+            self.metrics.ejections.increment(1);
+            let pause_ms = u64::try_from(self.config.eject.pause.as_millis()).unwrap_or(u64::MAX);
+            warn!(upstream = self.name(), server = %server.address, pause_ms, "server left out: too many failures in a row");
+        }
+    }
+
+    /// Looks names up again. Servers that stay are the same, with all that is known of them.
+    async fn refresh(&self) {
+        let found = match resolve(&self.name, &self.compiled.specs).await {
+            Ok(found) => found,
+            Err(error) => {
+                warn!(error = %Causes(&error), "look-up failed; the servers are unchanged");
+                return;
+            }
+        };
+        let current = self.servers.load();
+        let same = current.list.len() == found.len()
+            && current
+                .list
+                .iter()
+                .zip(&found)
+                .all(|(server, (address, spec))| {
+                    server.address == *address && server.weight == spec.weight
+                });
+        if same {
+            return;
+        }
+        let server = |(address, spec): &(SocketAddr, Spec)| {
+            let known = current
+                .list
+                .iter()
+                .find(|server| server.address == *address && server.weight == spec.weight);
+            known.cloned().unwrap_or_else(|| {
+                let peer = self
+                    .compiled
+                    .peer(*address, spec, &self.config, &self.requests);
+                Arc::new(Server::new(*address, spec.weight, peer))
+            })
+        };
+        let servers = Servers::new(found.iter().map(server).collect(), self.config.balance);
+        info!(
+            upstream = self.name(),
+            servers = servers.list.len(),
+            "servers changed"
+        );
+        self.servers.store(Arc::new(servers));
     }
 }
 
-/// Resolves the servers of every upstream. Names are resolved once, here.
-pub async fn resolve(config: &Config) -> Result<HashMap<String, Arc<Upstream>>, ResolveError> {
-    let mut upstreams = HashMap::new();
-    for (name, upstream) in &config.upstreams {
-        let mut servers = Vec::with_capacity(upstream.servers.len());
-        for server in &upstream.servers {
-            let found = tokio::net::lookup_host(server)
-                .await
-                .map_err(|source| ResolveError::Resolve {
-                    upstream: name.clone(),
-                    server: server.clone(),
-                    source,
-                })?
-                .next();
-            servers.push(found.ok_or_else(|| ResolveError::NoAddress {
-                upstream: name.clone(),
-                server: server.clone(),
-            })?);
+async fn keep_resolved(upstream: Weak<Upstream>) {
+    while let Some(every) = upstream
+        .upgrade()
+        .map(|upstream| upstream.config.resolve_every)
+    {
+        tokio::time::sleep(every).await;
+        if let Some(upstream) = upstream.upgrade() {
+            upstream.refresh().await;
         }
-        let upstream = Upstream {
-            name: name.clone(),
-            servers,
-            next: AtomicUsize::new(0),
-        };
-        upstreams.insert(name.clone(), Arc::new(upstream));
     }
-    Ok(upstreams)
+}
+
+async fn keep_probed(upstream: Weak<Upstream>, prober: Prober) {
+    while let Some(upstream) = upstream.upgrade() {
+        prober.round(&upstream).await;
+        let every = upstream.config.health.every;
+        drop(upstream);
+        tokio::time::sleep(every).await;
+    }
+}
+
+impl Compiled {
+    fn new(config: &UpstreamConfig) -> Result<Self, Broken> {
+        if config.servers.is_empty() {
+            return Err(Broken::new("servers", "must not be empty"));
+        }
+        let specs = config.servers.iter().enumerate().map(|(place, server)| {
+            Spec::new(server).map_err(|broken| broken.under(place).under("servers"))
+        });
+        let specs = specs.collect::<Result<Vec<_>, _>>()?;
+        let keyed = matches!(config.balance, Balance::Hash | Balance::BoundedHash);
+        let key = non_empty(&config.key).map(|key| {
+            Template::key(key, &[]).map_err(|error| Broken::new("key", format!("is no {error}")))
+        });
+        let key = key.transpose()?;
+        if keyed && key.is_none() {
+            return Err(Broken::new(
+                "key",
+                "must say what is hashed, as in \"{query.user}\"",
+            ));
+        }
+        if !keyed && key.is_some() {
+            return Err(Broken::new(
+                "key",
+                "is for balance = \"hash\" and \"bounded-hash\" only",
+            ));
+        }
+        let bounded = config.load_max > 1.0 && config.load_max <= 100.0;
+        let below_one = 0.0..=1.0;
+        let ranges = [
+            (
+                bounded,
+                "load_max",
+                config.load_max,
+                "must be above 1 and at most 100",
+            ),
+            (
+                below_one.contains(&config.retry.budget),
+                "budget",
+                config.retry.budget,
+                "must be from 0 to 1",
+            ),
+        ];
+        for (legal, key, value, rule) in ranges {
+            if !legal {
+                let broken = Broken::value(key, value, rule);
+                return Err(if key == "budget" {
+                    broken.under("retry")
+                } else {
+                    broken
+                });
+            }
+        }
+        if !(1..=TRIES_MAX).contains(&config.retry.tries_max) {
+            let rule = format!("must be from 1 to {TRIES_MAX}");
+            return Err(Broken::value("tries_max", config.retry.tries_max, rule).under("retry"));
+        }
+        if !config.health.path.is_empty() && !config.health.path.starts_with('/') {
+            return Err(
+                Broken::value("path", &config.health.path, "must begin with /").under("health"),
+            );
+        }
+        let sticky = &config.sticky_cookie;
+        if !sticky
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-')
+        {
+            let rule = "must be letters, digits, - and _";
+            return Err(Broken::value("sticky_cookie", sticky, rule));
+        }
+        for (key, every) in [
+            ("resolve_every", config.resolve_every),
+            ("health.every", config.health.every),
+        ] {
+            if every < EVERY_MIN {
+                return Err(Broken::value(
+                    key,
+                    every,
+                    format!("must be at least {EVERY_MIN:?}"),
+                ));
+            }
+        }
+        let host = non_empty(&config.host).map(|host| {
+            HeaderValue::from_str(host)
+                .map_err(|_| Broken::value("host", host, "cannot be a header"))
+        });
+        let tls = config.tls.as_ref().map(Tls::new).transpose();
+        Ok(Self {
+            specs,
+            key,
+            tls: tls.map_err(|broken| broken.under("tls"))?,
+            host: host.transpose()?,
+        })
+    }
+
+    /// How to connect to a server.
+    fn peer(
+        &self,
+        address: SocketAddr,
+        spec: &Spec,
+        config: &UpstreamConfig,
+        requests: &RequestsConfig,
+    ) -> HttpPeer {
+        let sni = self.tls.as_ref().map(|tls| tls.name(&spec.host).to_owned());
+        let mut peer = HttpPeer::new(address, sni.is_some(), sni.unwrap_or_default());
+        if let Some(tls) = &self.tls {
+            tls.apply(&mut peer);
+        }
+        let timeouts = &config.timeouts;
+        let connect = timeouts.connect.unwrap_or(requests.connect_max);
+        peer.options.connection_timeout = Some(connect);
+        peer.options.total_connection_timeout = Some(timeouts.handshake.unwrap_or(2 * connect));
+        peer.options.read_timeout = Some(timeouts.read.unwrap_or(requests.silence_max));
+        peer.options.write_timeout = Some(timeouts.write.unwrap_or(requests.silence_max));
+        peer.options.idle_timeout = Some(timeouts.idle.unwrap_or(requests.idle_max));
+        peer.options.alpn = match (config.http, self.tls.is_some()) {
+            (HttpVersion::One, _) | (HttpVersion::Auto, false) => ALPN::H1,
+            (HttpVersion::Auto, true) => ALPN::H2H1,
+            (HttpVersion::Two, _) => ALPN::H2,
+        };
+        peer.options.max_h2_streams = H2_STREAMS_MAX;
+        peer
+    }
+}
+
+/// Most tries of one request.
+pub const TRIES_MAX: u32 = 100;
+
+/// Shortest period of look-ups and health checks.
+const EVERY_MIN: std::time::Duration = std::time::Duration::from_millis(10);
+
+/// A bucket of retries: every request puts a part of one in, up to a bound, every retry takes one out.
+struct Budget {
+    thousandths: AtomicI64,
+    deposit: i64,
+    bound: i64,
+}
+
+impl Budget {
+    fn new(ratio: f64, reserve: u32) -> Self {
+        let bound = i64::from(reserve) * 1000;
+        Self {
+            thousandths: AtomicI64::new(bound),
+            #[expect(clippy::cast_possible_truncation, reason = "the ratio is from 0 to 1")]
+            deposit: (ratio * 1000.0) as i64,
+            bound: bound.max(1000),
+        }
+    }
+
+    fn deposit(&self) {
+        // Usually it is full, and no cache line changes hands.
+        if self.thousandths.load(Ordering::Relaxed) < self.bound {
+            self.thousandths.fetch_add(self.deposit, Ordering::Relaxed);
+        }
+    }
+
+    fn spend(&self) -> bool {
+        let spend = |left: i64| (left >= 1000).then_some(left - 1000);
+        self.thousandths
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, spend)
+            .is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_are_a_part_of_the_requests_and_a_reserve() {
+        let budget = Budget::new(0.2, 2);
+        assert!(budget.spend() && budget.spend());
+        assert!(!budget.spend());
+        let spent = (0..1000).filter(|_| {
+            budget.deposit();
+            budget.spend()
+        });
+        assert_eq!(spent.count(), 200);
+        (0..1000).for_each(|_| budget.deposit());
+        assert_eq!(
+            (0..10).filter(|_| budget.spend()).count(),
+            2,
+            "the reserve is the bound"
+        );
+    }
 }

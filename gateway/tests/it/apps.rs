@@ -1,6 +1,6 @@
 //! Routes of the config: app upstreams.
 
-use gateway::config::Config;
+use gateway::config::{Config, ServerConfig};
 use gateway::server::RingFrom;
 
 use crate::support::{Front, Scripted, config, ok, runtime};
@@ -78,7 +78,7 @@ fn servers_take_turns_and_a_dead_one_is_passed_over() {
         .unwrap()
         .local_addr()
         .unwrap();
-    config.upstreams.get_mut("app").unwrap().servers[1] = dead.to_string();
+    config.upstreams.get_mut("app").unwrap().servers[1] = ServerConfig::Address(dead.to_string());
     front
         .runtime
         .block_on(front.gateway.reload(&config))

@@ -6,3 +6,5 @@ mod apps;
 mod objects;
 mod routes;
 mod support;
+mod upstream_tls;
+mod upstreams;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use gateway::server::RingFrom;
 use protocol::{ClassName, Home, ObjectId, headers};
 
-use crate::support::{Act, Front, Scripted, config, ok, refusal, ring, runtime};
+use crate::support::{Act, Front, Scripted, config, ok, read_head, refusal, ring, runtime};
 
 #[test]
 fn a_routed_request_carries_who_where_and_which() {
@@ -206,7 +206,10 @@ fn a_worker_that_is_down_is_unavailable_and_nothing_ran() {
 
 #[test]
 fn without_a_ring_objects_are_unavailable() {
-    let front = Front::start(runtime(), &config(), RingFrom::Nodes);
+    let dead = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
+    let mut config = config();
+    config.nodes = vec![dead.unwrap().to_string()];
+    let front = Front::start(runtime(), &config, RingFrom::Nodes);
     let answer = front.get("/objects/Kv/a");
     assert_eq!((answer.status, answer.code()), (503, "unavailable"));
     assert!(
@@ -468,16 +471,6 @@ fn a_stopping_gateway_answers_what_is_under_way() {
         TcpStream::connect(address).is_ok(),
         "another gateway is not concerned"
     );
-}
-
-fn read_head(stream: &mut TcpStream) -> String {
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        let mut byte = [0];
-        stream.read_exact(&mut byte).unwrap();
-        head.push(byte[0]);
-    }
-    String::from_utf8(head).unwrap()
 }
 
 fn wait_ready(front: &Front) {

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -59,12 +60,17 @@ pub(crate) fn refusal(status: u16, code: &'static str) -> Act {
     Act::Answer(response)
 }
 
+/// A path, and what is always done there.
+type Fixed = (String, fn() -> Act);
+
 /// A server that follows a script and remembers what it saw.
 #[derive(Clone)]
 pub(crate) struct Scripted {
     pub(crate) address: SocketAddr,
     script: Arc<Mutex<VecDeque<Act>>>,
+    answers: Arc<Mutex<Vec<Fixed>>>,
     seen: Arc<Mutex<Vec<Seen>>>,
+    count: Arc<AtomicUsize>,
     ring: Arc<Mutex<Option<RingDocument>>>,
 }
 
@@ -75,6 +81,8 @@ impl Scripted {
         let server = Self {
             address: listener.local_addr().unwrap(),
             script: Arc::default(),
+            answers: Arc::default(),
+            count: Arc::default(),
             seen: Arc::default(),
             ring: Arc::default(),
         };
@@ -104,6 +112,22 @@ impl Scripted {
         self.script.lock().unwrap().extend(acts);
     }
 
+    /// What to do with all requests for this path, outside of the script.
+    pub(crate) fn answer(&self, path: &str, act: fn() -> Act) {
+        self.answers.lock().unwrap().push((path.to_owned(), act));
+    }
+
+    /// Forgets what is left of the script, and what was seen.
+    pub(crate) fn clear(&self) {
+        self.script.lock().unwrap().clear();
+        self.seen();
+    }
+
+    /// Requests since the start.
+    pub(crate) fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
     /// The ring that this server shows, if it is asked as a node.
     pub(crate) fn show_ring(&self, document: RingDocument) {
         *self.ring.lock().unwrap() = Some(document);
@@ -120,11 +144,16 @@ impl Scripted {
             let body = serde_json::to_vec(&ring).unwrap();
             return Ok(Response::new(full(Full::new(body.into()))));
         }
-        let act = self
-            .script
-            .lock()
-            .unwrap()
-            .pop_front()
+        self.count.fetch_add(1, Ordering::Relaxed);
+        let fixed = {
+            let answers = self.answers.lock().unwrap();
+            let fixed = answers
+                .iter()
+                .find(|(path, _)| path == request.uri().path());
+            fixed.map(|(_, act)| act())
+        };
+        let act = fixed
+            .or_else(|| self.script.lock().unwrap().pop_front())
             .unwrap_or_else(|| ok("ok"));
         let (head, body) = request.into_parts();
         let mut seen = Seen {
@@ -315,4 +344,14 @@ impl Front {
         });
         assert_eq!(found(), value, "{line}");
     }
+}
+
+pub(crate) fn read_head(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        head.push(byte[0]);
+    }
+    String::from_utf8(head).unwrap()
 }
