@@ -11,6 +11,7 @@
 mod alarm;
 mod body;
 mod once;
+mod past;
 
 use std::cell::Cell;
 use std::future::Future;
@@ -116,6 +117,7 @@ impl ClassError {
                 StorageError::OutOfTime(_)
                     | StorageError::OutOfMemory(_)
                     | StorageError::Broken { .. }
+                    | StorageError::Restoring
             )
         )
     }
@@ -154,7 +156,7 @@ fn storage_code(error: &StorageError) -> ErrorCode {
             ErrorCode::StorageFull
         }
         StorageError::Broken { .. } => ErrorCode::Internal,
-        StorageError::LogFailed(_) => ErrorCode::Unavailable,
+        StorageError::LogFailed(_) | StorageError::Restoring => ErrorCode::Unavailable,
     }
 }
 
@@ -169,7 +171,8 @@ struct Inner {
     clock: Arc<dyn Clock>,
     /// What keeps the object in memory besides its turns.
     holds: Cell<u32>,
-    /// A commit outside of any turn failed: memory and database may differ.
+    /// A commit outside of any turn failed, so memory and database may differ; or the object wants to
+    /// start again.
     failed: Cell<bool>,
     handles_alarms: bool,
     /// The alarm handler is under way.

@@ -10,8 +10,8 @@
 
 mod turn;
 
-use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
@@ -20,7 +20,7 @@ use std::task::{self, Poll, Waker};
 use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
-use protocol::{ErrorCode, LogPosition, ObjectId, ObjectName, Problem, ShardId};
+use protocol::{Bookmark, ErrorCode, LogPosition, ObjectId, ObjectName, Problem, ShardId};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tracing::warn;
@@ -90,7 +90,14 @@ pub struct Host {
     room: Notify,
     /// Turns of one batch; kept for its memory.
     batch: RefCell<Vec<Finished>>,
+    me: Weak<Self>,
+    restorer: OnceCell<Restorer>,
+    /// Objects that are being restored: none of their events runs.
+    restoring: RefCell<HashSet<ObjectId>>,
 }
+
+/// Restores an object, which has left memory, to a bookmark.
+pub type Restorer = Box<dyn Fn(Address, Bookmark) -> LocalBoxFuture<'static, ()>>;
 
 /// An answer, the log position that it waits for, and whom it goes to.
 struct Gated {
@@ -112,7 +119,10 @@ impl Host {
         clock: Arc<dyn Clock>,
         metrics: Rc<Metrics>,
     ) -> Rc<Self> {
-        Rc::new(Self {
+        Rc::new_cyclic(|me| Self {
+            me: me.clone(),
+            restorer: OnceCell::new(),
+            restoring: RefCell::default(),
             timers: Timers::new(Arc::clone(&clock), Rc::clone(&metrics)),
             config,
             engine,
@@ -454,10 +464,44 @@ impl Host {
         self.objects.borrow_mut().remove(&object.id());
         self.metrics.evictions.increment(1);
         self.metrics.awake(object.class.name()).decrement(1);
-        object.break_up();
+        if let Some(at) = object.break_up() {
+            let name = object.context.storage().known_name();
+            self.restore(address_of(object, name), at);
+        }
+    }
+
+    /// Restores an object that has asked for it. Its events wait meanwhile.
+    fn restore(&self, address: Address, at: Bookmark) {
+        let Some(restorer) = self.restorer.get() else {
+            return;
+        };
+        let (id, host) = (address.id, self.me.clone());
+        if !self.restoring.borrow_mut().insert(id) {
+            return;
+        }
+        let restored = restorer(address, at);
+        tokio::task::spawn_local(or_abort(async move {
+            restored.await;
+            let Some(host) = host.upgrade() else { return };
+            host.restoring.borrow_mut().remove(&id);
+            let waiting = host.objects.borrow().get(&id).cloned();
+            if let Some(object) = waiting {
+                host.make_ready(&object);
+            }
+        }));
+    }
+
+    /// Who restores objects that ask for it; until this is given, they wait for another process.
+    pub fn set_restorer(&self, restorer: Restorer) {
+        // The first one stays.
+        drop(self.restorer.set(restorer));
     }
 
     fn make_ready(&self, object: &Rc<Object>) {
+        let restoring = self.restoring.borrow();
+        if !restoring.is_empty() && restoring.contains(&object.id()) {
+            return;
+        }
         if !object.queued.replace(true) {
             self.ready.borrow_mut().push_back(Rc::clone(object));
             self.work.notify_one();
@@ -651,22 +695,27 @@ impl Host {
         self.metrics.resets.increment(1);
         self.forget_memory(object);
         let name = object.context.name().ok().flatten();
-        object.break_up();
+        if let Some(at) = object.break_up() {
+            self.restore(address_of(object, name.clone()), at);
+        }
         self.objects.borrow_mut().remove(&object.id());
         self.metrics.awake(object.class.name()).decrement(1);
         let mailbox = object.mailbox.replace(Mailbox::new(&self.config.mailbox));
         if mailbox.is_empty() {
             return;
         }
-        let address = Address {
-            class: Arc::clone(&object.class),
-            id: object.id(),
-            name,
-            shard: object.context.storage().shard(),
-        };
-        let fresh = self.new_object(&address, mailbox);
+        let fresh = self.new_object(&address_of(object, name), mailbox);
         self.insert(&fresh);
         self.make_ready(&fresh);
+    }
+}
+
+fn address_of(object: &Object, name: Option<ObjectName>) -> Address {
+    Address {
+        class: Arc::clone(&object.class),
+        id: object.id(),
+        name,
+        shard: object.context.storage().shard(),
     }
 }
 

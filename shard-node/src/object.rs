@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
 
-use protocol::{ErrorCode, ObjectId, Problem};
+use protocol::{Bookmark, ErrorCode, ObjectId, Problem};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tracing::warn;
@@ -158,15 +158,16 @@ impl Object {
         }))
     }
 
-    /// Ends this copy: its turns stop, its database closes. Waiting letters stay in the mailbox.
-    pub(crate) fn break_up(&self) {
+    /// Ends this copy: its turns stop, its database closes. Waiting letters stay in the mailbox. What it is
+    /// to be restored to before it starts again, if it has asked for that.
+    pub(crate) fn break_up(&self) -> Option<Bookmark> {
         self.broken.set(true);
         for flight in self.flights.borrow().values() {
             flight.abort();
         }
         let instance = self.instance.borrow_mut().take();
         drop_class_code(instance);
-        self.context.storage().close();
+        self.context.storage().close()
     }
 }
 

@@ -290,7 +290,7 @@ impl Operator {
     async fn show(&self, object: &Address) -> Answer {
         let row = self.row(object).await?;
         let awake = self.host.is_awake(object.id);
-        let operations = self.turn(object, audit::list).await?;
+        let operations = self.operations(object).await?;
         if !awake {
             self.host.sleep(object.id);
         }
@@ -344,7 +344,7 @@ impl Operator {
             let mut rows = sql::run(storage, &body.sql, body.params)?;
             rows["undo"] = undo.to_string().into();
             let detail = format!("{}, undo with {undo}", body.sql);
-            audit::note(context, now, "sql", &body.who, &body.why, &detail)?;
+            audit::note(storage, now, "sql", &body.who, &body.why, &detail)?;
             Ok(rows)
         });
         Ok(answer(&rows.await?))
@@ -436,6 +436,12 @@ impl Operator {
             Reply::Value(value) => Ok(value),
             Reply::Response(_) => unreachable!("an operation gives a value"),
         }
+    }
+
+    /// What operators did to the object.
+    async fn operations(&self, object: &Address) -> Result<Json, Problem> {
+        self.turn(object, |context| Ok(audit::list(context.storage())?))
+            .await
     }
 
     /// Returns when the last commit of an object is durable.

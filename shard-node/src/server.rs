@@ -33,7 +33,7 @@ pub(crate) struct Server {
     pub(crate) classes: Classes,
     pub(crate) token: Option<Arc<str>>,
     pub(crate) metrics: Rc<Metrics>,
-    pub(crate) operator: Operator,
+    pub(crate) operator: Rc<Operator>,
 }
 
 impl Server {

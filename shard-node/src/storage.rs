@@ -19,6 +19,7 @@ pub mod image;
 mod kv;
 pub mod logged;
 pub(crate) mod overlay;
+mod past;
 mod plain_files;
 mod sql;
 mod statements;
@@ -30,7 +31,7 @@ use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
 
-use protocol::{LogPosition, ObjectId, ObjectName, ShardId};
+use protocol::{Bookmark, LogPosition, ObjectId, ObjectName, ShardId};
 use rusqlite::limits::Limit;
 use rusqlite::{Connection, Statement};
 use tracing::debug;
@@ -54,6 +55,7 @@ use crate::commit_log::record::Named;
 use authorizer::Guard;
 use engine::prepare_ours;
 use identity::put_identity;
+use past::Armed;
 
 /// Tables of ours in every object's database begin with this; SQL of classes cannot touch them.
 pub const RESERVED_PREFIX: &str = "_dormouse_";
@@ -92,6 +94,9 @@ pub enum StorageError {
     /// The commit log cannot be written. Reads still work; writes do again when the disk does.
     #[error("nothing can be written, because the commit log failed: {0}")]
     LogFailed(String),
+    /// The object has asked to be restored before it starts, and is not yet.
+    #[error("the object is being restored: try again")]
+    Restoring,
     #[error(transparent)]
     Kv(#[from] KvError),
 }
@@ -101,7 +106,7 @@ impl StorageError {
     pub fn is_of_the_platform(&self) -> bool {
         matches!(
             self,
-            Self::DiskFull(_) | Self::LogFailed(_) | Self::Broken { .. }
+            Self::DiskFull(_) | Self::LogFailed(_) | Self::Broken { .. } | Self::Restoring
         )
     }
 }
@@ -146,6 +151,8 @@ pub struct Storage {
     gate: Cell<LogPosition>,
     /// The open transaction may have changed the alarm.
     alarm_changed: Cell<bool>,
+    /// What the object is to be restored to before it starts next, if that was written down.
+    armed: Cell<Armed>,
     /// All tables were dropped, and perhaps there are others since.
     emptied: Cell<bool>,
     /// Told of every commit that changed the alarm.
@@ -195,6 +202,7 @@ impl Storage {
             gate: Cell::new(LogPosition::ZERO),
             forbid_writes: Cell::new(false),
             alarm_changed: Cell::new(false),
+            armed: Cell::new(Armed::No),
             emptied: Cell::new(false),
             timers: None,
         }
@@ -221,6 +229,11 @@ impl Storage {
             drop(self.open()?);
         }
         Ok(self.name.get().cloned())
+    }
+
+    /// The same as far as it is known without a look into the database.
+    pub(crate) fn known_name(&self) -> Option<ObjectName> {
+        self.name.get().cloned()
     }
 
     /// Runs `f` as one: if it fails, everything it wrote is undone and what was written before it
@@ -319,6 +332,10 @@ impl Storage {
         {
             debug!(object = %self.identity.id, %error, "memory could not be released");
         }
+    }
+
+    pub(crate) fn engine(&self) -> &dyn Engine {
+        &*self.engine
     }
 
     pub(crate) fn identity(&self) -> &Identity {
@@ -482,22 +499,28 @@ impl Storage {
     }
 
     /// Closes the database, if it is open, for good: whatever of this copy of the object still runs
-    /// gets errors. An unfinished transaction is rolled back.
-    pub fn close(&self) {
+    /// gets errors. An unfinished transaction is rolled back. What the object is to be restored to before
+    /// it starts again, if it has asked for that.
+    pub fn close(&self) -> Option<Bookmark> {
         self.closed.set(true);
         let Some(open) = self.open.borrow_mut().take() else {
-            return;
+            return self.armed.get().due();
         };
         if self.segment.replace(Segment::Clean) != Segment::Clean || self.batch.replace(false) {
-            // Closing rolls back what is not committed.
-            open.handle.close(open.connection);
-            return;
+            let rolled_back = open.connection.execute_batch("ROLLBACK");
+            open.handle.rolled_back();
+            if let Err(error) = rolled_back {
+                // SQLite had done so itself, or closing does.
+                debug!(object = %self.identity.id, %error, "rolled back");
+            }
         }
+        let armed = self.armed_restore(&open);
         let is_empty = self.is_left_empty(&open);
         open.handle.close(open.connection);
         if is_empty {
             self.engine.delete_empty(&self.identity);
         }
+        armed
     }
 
     /// Runs `f`, in which nothing may be written.
@@ -708,6 +731,12 @@ impl Storage {
                 object: self.identity.id,
                 message: format!("its file holds the database of {id}"),
             });
+        }
+        if let Some(bookmark) = get("restore").and_then(|text| text.parse().ok())
+            && self.armed.get() != Armed::Ignored
+        {
+            self.armed.set(Armed::Due(bookmark));
+            return Err(StorageError::Restoring);
         }
         let recorded: Option<ObjectName> = get("name").and_then(|name| name.parse().ok());
         let complete = get("id").is_some() && (recorded.is_some() || self.name.get().is_none());

@@ -125,7 +125,7 @@ impl Worker {
         );
         let spool = self.spool.clone();
         let catalogs = self.catalogs();
-        let operator = Operator {
+        let operator = Rc::new(Operator {
             host: Rc::clone(&host),
             engine: engine.clone(),
             classes: self.classes.clone(),
@@ -136,7 +136,16 @@ impl Worker {
             sql: Arc::clone(&self.host.sql),
             importing: tokio::sync::Semaphore::new(1),
             spool: spool.clone(),
-        };
+        });
+        let restorer = Rc::downgrade(&operator);
+        host.set_restorer(Box::new(move |object, at| {
+            let restorer = restorer.upgrade();
+            Box::pin(async move {
+                if let Some(operator) = restorer {
+                    operator.restore_asked(object, at).await;
+                }
+            })
+        }));
         let server = Rc::new(Server {
             operator,
             host: Rc::clone(&host),

@@ -2,8 +2,7 @@
 
 use serde_json::Value as Json;
 
-use crate::class::{ClassError, Context};
-use crate::storage::{SqlValue, StorageError};
+use crate::storage::{SqlValue, Storage, StorageError};
 
 /// Operations that are kept; older ones make room.
 const KEPT: i64 = 100;
@@ -14,7 +13,7 @@ const TABLE: &str = "CREATE TABLE IF NOT EXISTS _dormouse_operations (
 
 /// Notes an operation, in the transaction that does it.
 pub(super) fn note(
-    context: &Context,
+    storage: &Storage,
     now: u64,
     what: &str,
     who: &str,
@@ -29,7 +28,6 @@ pub(super) fn note(
         text(why),
         text(detail),
     ];
-    let storage = context.storage();
     storage.write_ours(TABLE, &[])?;
     storage.write_ours(
         "INSERT INTO _dormouse_operations (at_ms, what, who, why, detail) VALUES (?, ?, ?, ?, ?)",
@@ -43,14 +41,11 @@ pub(super) fn note(
 }
 
 /// What was done, the latest first.
-pub(super) fn list(context: &Context) -> Result<Json, ClassError> {
-    if !context
-        .storage()
-        .has_table_of_ours("_dormouse_operations")?
-    {
+pub(super) fn list(storage: &Storage) -> Result<Json, StorageError> {
+    if !storage.has_table_of_ours("_dormouse_operations")? {
         return Ok(Json::Array(Vec::new()));
     }
-    let operations = context.storage().read_ours(
+    let operations = storage.read_ours(
         "SELECT at_ms, what, who, why, detail FROM _dormouse_operations ORDER BY number DESC",
         &[],
         |row| {
@@ -67,14 +62,13 @@ pub(super) fn list(context: &Context) -> Result<Json, ClassError> {
 }
 
 /// Notes again what was done before, the latest first: the database may be another, which knows less.
-pub(super) fn keep(context: &Context, operations: &Json) -> Result<(), StorageError> {
-    let storage = context.storage();
+pub(super) fn keep(storage: &Storage, operations: &Json) -> Result<(), StorageError> {
     storage.write_ours("DROP TABLE IF EXISTS _dormouse_operations", &[])?;
     for operation in operations.as_array().into_iter().flatten().rev() {
         let text = |field: &str| operation[field].as_str().unwrap_or_default();
         let at_ms = operation["at_ms"].as_u64().unwrap_or(0);
         let (what, who) = (text("what"), text("who"));
-        note(context, at_ms, what, who, text("why"), text("detail"))?;
+        note(storage, at_ms, what, who, text("why"), text("detail"))?;
     }
     Ok(())
 }

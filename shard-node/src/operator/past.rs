@@ -1,17 +1,23 @@
 //! Objects as they were: bookmarks, restores, and copies of earlier times.
 
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+
 use http::Request;
 use protocol::{Bookmark, ErrorCode, Problem};
 use serde::Deserialize;
 use serde_json::{Value as Json, json};
+use tracing::warn;
 
 use super::copies::{file_answer, no_spool, unreadable};
 use super::{Answer, Operator, answer, audit, parameters};
-use crate::class::Body;
+use crate::class::{Body, ClassError};
 use crate::history::{AsOf, HistoryError};
 use crate::host::Address;
-use crate::storage::Identity;
 use crate::storage::image::KeepAlarm;
+use crate::storage::{Engine, Identity, Storage, StorageError};
 
 const BODY_BYTES_MAX: usize = 16 << 10;
 
@@ -72,6 +78,11 @@ impl Operator {
     ) -> Result<AsOf, Problem> {
         // What was committed before now can be read from the log then.
         self.settled(object).await?;
+        self.past(object, at).await
+    }
+
+    /// The same of an object all of whose commits are durable.
+    async fn past(&self, object: &Address, at: Bookmark) -> Result<AsOf, Problem> {
         let history = self.engine.history(object.id, object.shard);
         let history = history.map_err(|error| unreadable(&error))?;
         let spool = self.spool.clone();
@@ -100,29 +111,113 @@ impl Operator {
                 json!({ "restored": at.to_string(), "changed": false, "undo": undo.to_string() });
             return Ok(answer(&same));
         };
-        let identity = Identity {
-            id: object.id,
-            class: object.class.name().clone(),
-            name: None,
-            shard: object.shard,
-        };
+        let identity = self.identity(object);
         let file = past.file.into_temp_path();
         let checked = self.check(file, identity, KeepAlarm::Yes).await?;
-        let operations = self.turn(object, audit::list).await?;
+        let operations = self.operations(object).await?;
         // From here to the commit nothing else happens to the object.
         let undo = self.engine.bookmark();
         self.take_over(checked).await?;
         let (now, at, undo) = (self.clock.unix_millis(), at.to_string(), undo.to_string());
         let detail = format!("to {at}, undo with {undo}");
         let noted = self.turn(object, move |context| {
-            audit::keep(context, &operations)?;
-            audit::note(context, now, "restore", &body.who, &body.why, &detail)?;
+            let storage = context.storage();
+            audit::keep(storage, &operations)?;
+            audit::note(storage, now, "restore", &body.who, &body.why, &detail)?;
             Ok(Json::Null)
         });
         noted.await?;
         Ok(answer(
             &json!({ "restored": at, "changed": true, "undo": undo }),
         ))
+    }
+
+    /// Restores an object that has asked for it, between two of its sessions. If that fails the object goes on
+    /// as it is.
+    pub(crate) async fn restore_asked(&self, object: Address, at: Bookmark) {
+        let restored = self.try_restore_asked(&object, at).await;
+        let now = self.clock.unix_millis();
+        let (what, why, detail) = match &restored {
+            Ok((undo, _)) => ("restore", "", format!("to {at}, undo with {undo}")),
+            Err(problem) => {
+                warn!(object = %object.id, %at, error = problem.detail, "an object could not be restored as it has asked");
+                (
+                    "restore failed",
+                    problem.detail.as_str(),
+                    format!("to {at}"),
+                )
+            }
+        };
+        let noted = self.between_sessions(&object, |storage| {
+            storage.disarm_restore()?;
+            if let Ok((_, operations)) = &restored {
+                audit::keep(storage, operations)?;
+            }
+            audit::note(storage, now, what, "the object", why, &detail)
+        });
+        if let Err(error) = noted {
+            warn!(object = %object.id, %error, "a restore could not be noted");
+        }
+    }
+
+    async fn try_restore_asked(
+        &self,
+        object: &Address,
+        at: Bookmark,
+    ) -> Result<(Bookmark, Json), Problem> {
+        let failed = |error| ClassError::from(error).problem();
+        let mut operations = Json::Null;
+        self.between_sessions(object, |storage| {
+            operations = audit::list(storage)?;
+            Ok(())
+        })
+        .map_err(failed)?;
+        let last = self.engine.end();
+        poll_fn(|context| {
+            if self.engine.durable() >= last || self.engine.check_writable().is_err() {
+                return Poll::Ready(());
+            }
+            self.engine.wake_at(last, context.waker());
+            self.engine.release();
+            Poll::Pending
+        })
+        .await;
+        let undo = self.engine.bookmark();
+        if let AsOf::Database(past) = self.past(object, at).await? {
+            let file = past.file.into_temp_path();
+            let checked = self.check(file, self.identity(object), KeepAlarm::Yes);
+            self.take_over(checked.await?).await?;
+        }
+        Ok((undo, operations))
+    }
+
+    /// One turn of an object that is not awake, and cannot wake meanwhile.
+    fn between_sessions(
+        &self,
+        object: &Address,
+        turn: impl FnOnce(&Storage) -> Result<(), StorageError>,
+    ) -> Result<(), StorageError> {
+        let engine = Rc::new(self.engine.clone());
+        let storage = Storage::new(self.identity(object), engine, Arc::clone(&self.sql))
+            .with_timers(Rc::clone(self.host.timers()))
+            .ignore_armed();
+        storage.begin_segment();
+        let done = turn(&storage);
+        let ended = match &done {
+            Ok(()) => storage.commit().map(drop),
+            Err(_) => storage.rollback(),
+        };
+        storage.close();
+        done.and(ended)
+    }
+
+    fn identity(&self, object: &Address) -> Identity {
+        Identity {
+            id: object.id,
+            class: object.class.name().clone(),
+            name: object.name.clone(),
+            shard: object.shard,
+        }
     }
 
     /// A copy of the object as it was.

@@ -1,8 +1,9 @@
 //! What [`Storage`](super::Storage) asks of whoever opens databases and makes commits durable.
 
 use std::task::Waker;
+use std::time::Duration;
 
-use protocol::{LogPosition, ObjectId};
+use protocol::{Bookmark, LogPosition, ObjectId};
 use rusqlite::Connection;
 
 use super::{Identity, StorageError, authorizer};
@@ -46,6 +47,17 @@ pub trait Engine {
     /// The object was used, whether or not it wrote; uses closer together than `precision_ms` may count
     /// as one.
     fn used(&self, _object: &Identity, _precision_ms: u64) {}
+
+    /// The bookmark of now: all that was committed, and nothing that will be. `None`: this engine keeps no
+    /// past.
+    fn bookmark(&self) -> Option<Bookmark> {
+        None
+    }
+
+    /// How far back objects can be restored; `None`: not at all.
+    fn restore_window(&self) -> Option<Duration> {
+        None
+    }
 
     /// Nothing is in the database of an object any more, which is closed: it may go.
     fn delete_empty(&self, _object: &Identity) {}

@@ -404,6 +404,11 @@ impl Logged {
         left && !self.0.catalog_failed.get() && self.0.log_is_open()
     }
 
+    /// Where the last commit ends.
+    pub fn end(&self) -> LogPosition {
+        self.0.core.log.end()
+    }
+
     /// What the log counted.
     pub fn stats(&self) -> &Stats {
         self.0.core.log.stats()

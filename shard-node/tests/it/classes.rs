@@ -48,6 +48,8 @@ impl Class for Probe {
             "cached",
             "throw",
             "once",
+            "bookmark",
+            "go_back",
         ]
     }
 
@@ -70,6 +72,16 @@ struct ProbeInstance {
 }
 
 impl ProbeInstance {
+    /// `go_back(bookmark, restart)`: the way to undo it.
+    fn go_back(&self, args: &Args) -> Result<Json, ClassError> {
+        let bookmark = args.text(0, "bookmark")?.parse().unwrap();
+        let undo = self.context.restore_at_next_start(bookmark)?;
+        if args.get(1) != Some(&Json::Bool(false)) {
+            self.context.restart();
+        }
+        Ok(undo.to_string().into())
+    }
+
     /// `once(key, fail)`: adds one to a number, once per key.
     fn once(&self, args: &Args) -> Result<Json, ClassError> {
         let key = args.text(0, "key")?;
@@ -194,6 +206,14 @@ impl Instance for ProbeInstance {
                 panic!("as asked");
             }
             "once" => Turn::Done(self.once(&args)),
+            "bookmark" => Turn::Done(
+                match args.integer(0, "ms").unwrap() {
+                    None => self.context.current_bookmark(),
+                    Some(ms) => self.context.bookmark_for_time(ms.unsigned_abs()),
+                }
+                .map(|bookmark| bookmark.to_string().into()),
+            ),
+            "go_back" => Turn::Done(self.go_back(&args)),
             "throw" => Turn::Done(Err(ClassError::Thrown {
                 name: "RangeError".to_owned(),
                 message: "too far".to_owned(),

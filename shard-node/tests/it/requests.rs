@@ -72,6 +72,47 @@ fn a_step_happens_once_per_key() {
     assert!(refused.detail().contains("must have 1 to 256 bytes"));
 }
 
+/// An object takes itself back to a bookmark, and forward again.
+#[test]
+fn an_object_restores_itself_at_its_next_start() {
+    let mut node = TestNode::start();
+    let written = |node: &TestNode| node.result("Probe", "a", "written", json!([]));
+    let write = |node: &TestNode, value: &str| node.result("Probe", "a", "write", json!([value]));
+    write(&node, "first");
+    let bookmark = node.result("Probe", "a", "bookmark", json!([]));
+    write(&node, "second");
+    assert!(node.result("Probe", "a", "bookmark", json!([])).as_str() > bookmark.as_str());
+    let undo = node.result("Probe", "a", "go_back", json!([bookmark]));
+    // Whatever comes next waits for the restore.
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| assert_eq!(written(&node), "first"));
+        }
+    });
+    node.result("Probe", "a", "go_back", json!([undo]));
+    assert_eq!(written(&node), "second");
+    // One that is due when the process ends is done by the next.
+    write(&node, "third");
+    node.result("Probe", "a", "go_back", json!([bookmark, false]));
+    assert_eq!(written(&node), "third", "the session goes on");
+    node = node.restart();
+    let first = node.call("Probe", "a", "written", json!([]));
+    assert_eq!((first.status, first.code()), (503, "unavailable"));
+    eventually("it is restored", || {
+        node.call("Probe", "a", "written", json!([])).status == 200
+    });
+    assert_eq!(written(&node), "first");
+    // What cannot be done changes nothing, and does not stand in the way.
+    let long_ago = protocol::Bookmark::at_time(1).to_string();
+    node.result("Probe", "a", "go_back", json!([long_ago]));
+    assert_eq!(written(&node), "first");
+    let future = protocol::Bookmark::at_time(u64::MAX).to_string();
+    let refused = node.call("Probe", "a", "go_back", json!([future]));
+    assert!(refused.detail().contains("has not come yet"));
+    let refused = node.call("Probe", "a", "bookmark", json!([1]));
+    assert!(refused.detail().contains("must be from archive.window"));
+}
+
 #[test]
 fn a_failing_handler_undoes_its_turn() {
     let node = TestNode::start();

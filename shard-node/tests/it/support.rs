@@ -76,6 +76,17 @@ impl TestNode {
         }
     }
 
+    /// The same again, after a clean stop.
+    pub(crate) fn restart(self) -> Self {
+        let Self { node, _dir, agent } = self;
+        node.shut_down();
+        Self {
+            node: Node::start(&config(_dir.path()), &classes::all()).unwrap(),
+            _dir,
+            agent,
+        }
+    }
+
     pub(crate) fn id(&self, class: &str, name: &str) -> ObjectId {
         let class: ClassName = class.parse().unwrap();
         let name: ObjectName = name.parse().unwrap();

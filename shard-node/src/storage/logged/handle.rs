@@ -2,8 +2,9 @@
 
 use std::rc::{Rc, Weak};
 use std::task::Waker;
+use std::time::Duration;
 
-use protocol::{LogPosition, ObjectId};
+use protocol::{Bookmark, LogPosition, ObjectId};
 use rusqlite::Connection;
 use tracing::warn;
 
@@ -73,6 +74,15 @@ impl Engine for Logged {
             }
             Err(error) => warn!(object = %object.id, %error, "a use could not be noted"),
         }
+    }
+
+    fn bookmark(&self) -> Option<Bookmark> {
+        self.0.archive.as_ref()?;
+        Some(Self::bookmark(self))
+    }
+
+    fn restore_window(&self) -> Option<Duration> {
+        Some(self.0.archive.as_ref()?.config().window)
     }
 
     fn delete_empty(&self, object: &Identity) {
