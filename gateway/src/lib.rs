@@ -9,6 +9,7 @@
 pub mod asked;
 pub mod client;
 pub mod config;
+pub mod limit;
 pub mod metrics;
 pub mod placement;
 pub mod proxy;

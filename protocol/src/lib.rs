@@ -11,6 +11,7 @@ pub mod headers;
 pub mod ids;
 pub mod limits;
 pub mod problem;
+pub mod rate;
 pub mod ring;
 pub mod trace;
 
