@@ -11,7 +11,9 @@ use protocol::Colo;
 use serde::{Deserialize, Serialize};
 
 use crate::client::ClientRules;
+use crate::limit::config::LimitConfig;
 use crate::route::{Route, Routes};
+use crate::rules::RuleSet;
 use crate::upstream::Upstream;
 
 mod routes;
@@ -51,6 +53,8 @@ pub struct Config {
     pub upstreams: BTreeMap<String, UpstreamConfig>,
     pub objects: ObjectsConfig,
     pub client: ClientConfig,
+    /// Rate limits by name, for `limits` of routes.
+    pub limits: BTreeMap<String, LimitConfig>,
     /// What is not for objects by the public contract.
     pub routes: Vec<RouteConfig>,
 }
@@ -71,6 +75,7 @@ impl Default for Config {
             upstreams: BTreeMap::new(),
             objects: ObjectsConfig::default(),
             client: ClientConfig::default(),
+            limits: BTreeMap::new(),
             routes: Vec::new(),
         }
     }
@@ -149,6 +154,8 @@ pub struct ClientConfig {
 pub struct ObjectsConfig {
     /// Classes of which each colo has objects of its own under `/objects` and `/rpc`.
     pub colo_scoped: Vec<String>,
+    /// Names of limits that requests under `/objects` and `/rpc` obey.
+    pub limits: Vec<String>,
 }
 
 impl Config {
@@ -180,7 +187,8 @@ impl Config {
             checked.map_err(|broken| broken.under(name).under("upstreams"))?;
         }
         ClientRules::new(&self.client).map_err(|broken| broken.under("client"))?;
-        Routes::new(self)?;
+        let routes = Routes::new(self)?;
+        RuleSet::check(self, &routes)?;
         Ok(())
     }
 
@@ -293,12 +301,18 @@ mod tests {
         manual.validate().unwrap();
         assert_eq!(manual.warnings(), [""; 0]);
         let text = std::fs::read_to_string(file("gateway.toml")).unwrap();
-        let source = include_str!("config/routes.rs");
+        let source = concat!(
+            include_str!("config/routes.rs"),
+            include_str!("limit/config.rs")
+        );
         for key in source
             .lines()
             .filter_map(|line| line.trim().strip_prefix("pub "))
         {
-            if let Some((key, _)) = key.split_once(':') {
+            if let Some((key, _)) = key.split_once(':')
+                && !key.starts_with("fn ")
+            {
+                let key = key.trim_start_matches("r#");
                 assert!(text.contains(key), "gateway.toml does not mention {key}");
             }
         }

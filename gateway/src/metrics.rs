@@ -59,6 +59,16 @@ pub struct UpstreamMetrics {
     pub retries_refused: Counter,
 }
 
+/// What is counted of one limit.
+pub struct LimitMetrics {
+    pub passed: Counter,
+    pub refused: Counter,
+    pub shadow_refused: Counter,
+    pub unreachable: Counter,
+    pub keys: Gauge,
+    pub evictions: Counter,
+}
+
 #[derive(Clone)]
 struct Requests {
     total: Counter,
@@ -114,6 +124,19 @@ impl Metrics {
             .register(|| gauge!("gateway_shard_skew", "route" => route))
     }
 
+    /// What is counted of the limit of this name.
+    pub fn limit(&self, name: &str) -> LimitMetrics {
+        let decisions = |outcome: &'static str| counter!("gateway_limit_decisions_total", "limit" => name.to_owned(), "outcome" => outcome);
+        self.registry.register(|| LimitMetrics {
+            passed: decisions("passed"),
+            refused: decisions("refused"),
+            shadow_refused: decisions("shadow_refused"),
+            unreachable: decisions("unreachable"),
+            keys: gauge!("gateway_limit_keys", "limit" => name.to_owned()),
+            evictions: counter!("gateway_limit_evictions_total", "limit" => name.to_owned()),
+        })
+    }
+
     fn handles(&self, route: &RouteLabel, code: Code) -> Requests {
         let route = route.as_str().to_owned();
         let code = match code {
@@ -129,6 +152,15 @@ impl Metrics {
 }
 
 fn describe() {
+    describe_counter!(
+        "gateway_limit_decisions_total",
+        "Answers of rate limits, by limit and outcome; unreachable: by its configuration"
+    );
+    describe_gauge!("gateway_limit_keys", "Keys that a rate limit remembers");
+    describe_counter!(
+        "gateway_limit_evictions_total",
+        "Keys that a rate limit forgot for want of room; newcomers in their place are refused early"
+    );
     describe_counter!(
         "gateway_requests_total",
         "Requests answered, by route and code (a status, or a refusal)"

@@ -9,8 +9,7 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::{
-    ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, LOCATION, RETRY_AFTER,
-    SET_COOKIE, UPGRADE,
+    ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, LOCATION, SET_COOKIE, UPGRADE,
 };
 use http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
 use ops::config::ConfigError;
@@ -20,7 +19,7 @@ use pingora_core::{Error, ErrorSource, ErrorType, OrErr, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use protocol::trace::TraceParent;
-use protocol::{Colo, ErrorCode, Problem, headers, limits, problem};
+use protocol::{Colo, ErrorCode, Problem, headers, limits};
 use rand::Rng;
 use tokio::time::Instant;
 use tracing::debug;
@@ -28,10 +27,13 @@ use tracing::debug;
 use crate::asked::{Asked, Params};
 use crate::client::ClientRules;
 use crate::config::{Config, RequestsConfig, RetryConfig};
+use crate::limit::shared::Link;
 use crate::metrics::{Code, Metrics, RouteLabel};
 use crate::placement::{Owner, Placement};
+use crate::refusal::Refusal;
 use crate::retry::{self, Failure};
 use crate::route::{Ask, Fixed, Found, ObjectTarget, Route, Routes, Target};
+use crate::rules::{Admission, RuleSet};
 use crate::server::StartError;
 use crate::upstream::server::Outcome;
 use crate::upstream::{Choice, Upstream};
@@ -56,24 +58,32 @@ pub struct Dynamic {
     pub upstreams: HashMap<String, Arc<Upstream>>,
     /// The upstream of each route that has one, by the route's index.
     of_route: Vec<Option<Arc<Upstream>>>,
+    pub rules: RuleSet,
 }
 
 impl Dynamic {
+    /// What has not changed since `before` keeps what it knows.
+    ///
     /// # Errors
     /// When the config breaks a rule, or a server cannot be resolved.
     pub async fn new(
         config: &Config,
         before: Option<&Self>,
         metrics: &Metrics,
+        link: &Link,
     ) -> Result<Self, StartError> {
         let client = ClientRules::new(&config.client).map_err(|broken| broken.under("client"));
         let client = client.map_err(ConfigError::from)?;
         let routes = Routes::new(config).map_err(ConfigError::from)?;
         let none = HashMap::new();
-        let before = before.map_or(&none, |before| &before.upstreams);
-        let upstreams = crate::upstream::start(config, before, metrics).await?;
+        let known = before.map_or(&none, |before| &before.upstreams);
+        let upstreams = crate::upstream::start(config, known, metrics).await?;
         let upstream = |route: &Route| upstreams.get(route.upstream.as_ref()?).map(Arc::clone);
+        let open = RuleSet::default();
+        let known = before.map_or(&open, |before| &before.rules);
+        let rules = RuleSet::new(config, &routes, known, metrics, link);
         Ok(Self {
+            rules: rules.map_err(ConfigError::from)?,
             of_route: routes.iter().map(upstream).collect(),
             routes,
             client,
@@ -102,6 +112,8 @@ pub struct Request {
     id: String,
     trace: TraceParent,
     aim: Option<Aim>,
+    /// Rules that it keeps, as far as known before it waited for anything.
+    admission: Option<Admission>,
     label: RouteLabel,
     /// Where it came in.
     colo: Colo,
@@ -152,14 +164,14 @@ enum Answer {
 
 impl Proxy {
     /// Where the request goes, or why it is refused before anything was sent.
-    fn route(&self, session: &Session, request: &mut Request) -> Result<Aim, Problem> {
+    fn route(&self, session: &Session, request: &mut Request) -> Result<Aim, Refusal> {
         let head = session.req_header();
         let announced = head
             .headers
             .get(CONTENT_LENGTH)
             .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
         if announced.is_some_and(|bytes| bytes > self.0.requests.body_bytes_max) {
-            return Err(self.too_large());
+            return Err(self.too_large().into());
         }
         let dynamic = self.0.dynamic.load();
         let mut asked = self.asked(session, &dynamic);
@@ -174,6 +186,7 @@ impl Proxy {
         };
         request.label = label;
         request.colo = asked.colo;
+        request.admission = dynamic.rules.of(found).check(&asked)?;
         match dynamic
             .routes
             .target(found, &asked, || rand::rng().random())?
@@ -188,7 +201,8 @@ impl Proxy {
                             "the arguments of a call are larger than {} bytes",
                             limits::RPC_BODY_BYTES_MAX
                         ),
-                    ));
+                    )
+                    .into());
                 }
                 if target.ask == Ask::Create {
                     request.label = RouteLabel::Contract("new");
@@ -209,7 +223,7 @@ impl Proxy {
                         tried: Vec::new(),
                     })))
                 }
-                None => Err(Problem::not_found("the route has no upstream")),
+                None => Err(Problem::not_found("the route has no upstream").into()),
             },
             Target::Redirect { status, location } => {
                 Ok(Aim::Here(Answer::Redirect { status, location }))
@@ -360,6 +374,7 @@ impl ProxyHttp for Proxy {
                 flags: 0,
             },
             aim: None,
+            admission: None,
             label: RouteLabel::Contract("none"),
             colo: self.0.colo,
             tries: 0,
@@ -380,7 +395,14 @@ impl ProxyHttp for Proxy {
         if let Some(given) = given {
             request.trace = given.child(request.trace.span);
         }
-        match self.route(session, request) {
+        let mut aim = self.route(session, request);
+        if aim.is_ok()
+            && let Some(admission) = &request.admission
+            && let Err(refusal) = admission.admit().await
+        {
+            aim = Err(refusal);
+        }
+        match aim {
             Ok(Aim::Here(answer)) => {
                 receive_rest(session).await;
                 answer.send(session).await?;
@@ -390,9 +412,9 @@ impl ProxyHttp for Proxy {
                 request.aim = Some(aim);
                 Ok(false)
             }
-            Err(problem) => {
+            Err(refusal) => {
                 receive_rest(session).await;
-                refuse(session, request, &problem).await?;
+                refuse(session, request, &refusal).await?;
                 Ok(true)
             }
         }
@@ -591,7 +613,7 @@ impl ProxyHttp for Proxy {
             session.downstream_session.set_keepalive(None);
             let problem = self.problem(error, request, &session.req_header().method);
             code = problem.code.status().as_u16();
-            if let Err(error) = refuse(session, request, &problem).await {
+            if let Err(error) = refuse(session, request, &problem.into()).await {
                 debug!(%error, "the client hung up before its refusal");
             }
         }
@@ -829,16 +851,18 @@ async fn receive_rest(session: &mut Session) {
     drop(tokio::time::timeout(REST_TIME_MAX, receive).await);
 }
 
-/// Answers with a problem document.
-async fn refuse(session: &mut Session, request: &mut Request, problem: &Problem) -> Result<()> {
+/// Answers with a problem document, or what else belongs to the refusal.
+async fn refuse(session: &mut Session, request: &mut Request, refusal: &Refusal) -> Result<()> {
+    let problem = &refusal.problem;
     request.refused = Some(problem.code);
-    let body = Bytes::from(problem.to_json(Some(&request.id)));
-    let mut head = ResponseHeader::build(problem.code.status(), Some(5))?;
-    head.insert_header(CONTENT_TYPE, problem::MEDIA_TYPE)?;
+    let (kind, body) = refusal.body(&session.req_header().headers, &request.id);
+    let body = Bytes::from(body);
+    let mut head = ResponseHeader::build(problem.code.status(), Some(8))?;
+    head.insert_header(CONTENT_TYPE, kind)?;
     head.insert_header(CONTENT_LENGTH, HeaderValue::from(body.len()))?;
     head.insert_header(headers::ERROR, problem.code.name())?;
-    if let Some(seconds) = problem.retry_after_seconds() {
-        head.insert_header(RETRY_AFTER, HeaderValue::from(seconds))?;
+    for (name, value) in refusal.headers() {
+        head.append_header(name, value)?;
     }
     if let Some(allow) = &problem.allow {
         head.insert_header(ALLOW, allow.as_ref())?;

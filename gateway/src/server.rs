@@ -35,6 +35,7 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::config::{Args, Config};
+use crate::limit::shared::Link;
 use crate::metrics::Metrics;
 use crate::placement::{Placement, RingSource};
 use crate::proxy::{Dynamic, Proxy, Shared};
@@ -75,6 +76,7 @@ pub enum RingFrom {
 pub struct Gateway {
     address: SocketAddr,
     shared: Arc<Shared>,
+    link: Link,
     registry: Arc<Registry>,
     stop: watch::Sender<bool>,
     threads: Vec<JoinHandle<()>>,
@@ -91,13 +93,19 @@ impl Gateway {
         warn_of(config);
         let registry = Arc::new(Registry::default());
         let metrics = Metrics::new(Arc::clone(&registry));
-        let dynamic = Dynamic::new(config, None, &metrics).await?;
-        let shared = Arc::new(Shared {
-            colo: config.site()?,
+        let link = Link {
+            placement: Arc::new(Placement::default()),
             token: token_header(&config.token)?,
+            colo: config.site()?,
+            runtime: tokio::runtime::Handle::current(),
+        };
+        let dynamic = Dynamic::new(config, None, &metrics, &link).await?;
+        let shared = Arc::new(Shared {
+            colo: link.colo,
+            token: link.token.clone(),
             requests: config.requests.clone(),
             retry: config.retry.clone(),
-            placement: Arc::new(Placement::default()),
+            placement: Arc::clone(&link.placement),
             dynamic: ArcSwap::from_pointee(dynamic),
             metrics,
         });
@@ -150,6 +158,7 @@ impl Gateway {
         Ok(Self {
             address,
             shared,
+            link,
             registry,
             stop,
             threads,
@@ -189,7 +198,8 @@ impl Gateway {
         config.validate()?;
         warn_of(config);
         let before = self.shared.dynamic.load_full();
-        let dynamic = Dynamic::new(config, Some(&before), &self.shared.metrics).await?;
+        let shared = &self.shared;
+        let dynamic = Dynamic::new(config, Some(&before), &shared.metrics, &self.link).await?;
         self.shared.dynamic.store(Arc::new(dynamic));
         Ok(())
     }
@@ -223,6 +233,7 @@ impl Gateway {
         let metrics = &self.shared.metrics;
         metrics.ring_version.set(version as f64);
         let dynamic = self.shared.dynamic.load();
+        dynamic.rules.publish();
         dynamic
             .upstreams
             .values()

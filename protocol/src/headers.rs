@@ -33,6 +33,8 @@ pub const CREATE: HeaderName = HeaderName::from_static("dormouse-create");
 /// Present on what an operator asks; the path says what. The admin listener in between has checked the
 /// operator's own token.
 pub const OPERATOR: HeaderName = HeaderName::from_static("dormouse-operator");
+/// Present on what a gateway asks for itself: without it there are no internal classes.
+pub const INTERNAL: HeaderName = HeaderName::from_static("dormouse-internal");
 /// The cluster's shared secret. Workers never show it to class code.
 pub const TOKEN: HeaderName = HeaderName::from_static("dormouse-token");
 /// On refusals: the [`ErrorCode`](crate::ErrorCode). Only the system sets it.
@@ -81,8 +83,8 @@ mod tests {
     #[test]
     fn every_header_has_the_prefix_that_gateways_remove() {
         for header in [
-            CLASS, OBJECT, NAME, SHARD, EPOCH, COLO, REQUEST, METHOD, CREATE, OPERATOR, TOKEN,
-            ERROR,
+            CLASS, OBJECT, NAME, SHARD, EPOCH, COLO, REQUEST, METHOD, CREATE, OPERATOR, INTERNAL,
+            TOKEN, ERROR,
         ] {
             assert!(header.as_str().starts_with(PREFIX));
         }

@@ -3,12 +3,13 @@
 //! A request names an object; [`ids`] turn the name into an [`ObjectId`], the [`ring`] turns the id
 //! into a shard and the shard into a worker's address, [`headers`] carry all of it there, and what
 //! the system refuses comes back as a [`Problem`] with a code from a closed set ([`ErrorCode`]).
-//! Every bound they share is in [`limits`].
+//! Every bound they share is in [`limits`]; [`rate`] and [`limiter`] are how often a key may come.
 
 pub mod epoch;
 pub mod error_code;
 pub mod headers;
 pub mod ids;
+pub mod limiter;
 pub mod limits;
 pub mod problem;
 pub mod rate;

@@ -43,6 +43,11 @@ pub trait Class: Send + Sync + 'static {
         STATEMENTS_CACHED
     }
 
+    /// Whether only gateways may call it, for themselves: clients are told that there is no such class.
+    fn is_internal(&self) -> bool {
+        false
+    }
+
     /// Whether [`Instance::alarm`] does something. Without it no alarm can be set.
     fn handles_alarms(&self) -> bool {
         false

@@ -3,6 +3,7 @@
 mod answer;
 pub mod counter;
 pub mod kv;
+pub mod limiter;
 pub mod queue;
 pub mod sql;
 mod values;
@@ -18,13 +19,15 @@ use crate::class::Class;
 pub struct Classes(Vec<Arc<dyn Class>>);
 
 impl Classes {
-    /// [`Counter`](counter::Counter), [`Kv`](kv::Kv), [`Sql`](sql::Sql) and [`Queue`](queue::Queue).
+    /// [`Counter`](counter::Counter), [`Kv`](kv::Kv), [`Sql`](sql::Sql) and [`Queue`](queue::Queue), and
+    /// for gateways [`Limiter`](limiter::Limiter).
     pub fn built_in() -> Self {
         Self::default()
             .with(counter::Counter::default())
             .with(kv::Kv::default())
             .with(sql::Sql::default())
             .with(queue::Queue::default())
+            .with(limiter::Limiter::default())
     }
 
     #[must_use]
@@ -50,9 +53,10 @@ impl Classes {
         self.0.iter().any(|class| class.name().as_str() == name)
     }
 
-    /// All names, for the refusal of one that is not among them.
+    /// All names that clients may use, for the refusal of one that is not among them.
     pub fn names(&self) -> String {
-        let names: Vec<&str> = self.0.iter().map(|class| class.name().as_str()).collect();
+        let offered = self.0.iter().filter(|class| !class.is_internal());
+        let names: Vec<&str> = offered.map(|class| class.name().as_str()).collect();
         names.join(", ")
     }
 }

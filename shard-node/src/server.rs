@@ -121,6 +121,7 @@ impl Server {
         self.classes
             .iter()
             .find(|class| class.name().as_str() == name)
+            .filter(|class| !class.is_internal() || headers.contains_key(headers::INTERNAL))
             .cloned()
             .ok_or_else(|| {
                 Problem::not_found(format!(

@@ -7,6 +7,7 @@ mod bucket;
 mod command_line;
 mod crash;
 mod fsck;
+mod limits;
 mod operator;
 mod readme;
 mod support;

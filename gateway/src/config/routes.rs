@@ -41,6 +41,9 @@ pub struct RouteConfig {
     /// Computes `{shard}` for templates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shard: Option<ShardConfig>,
+    /// Names of limits that its requests obey, all at once.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub limits: Vec<String>,
 }
 
 /// `object`: the `fetch` of an object.

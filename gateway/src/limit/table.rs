@@ -111,7 +111,7 @@ impl<R: Rate> Table<R> {
         let (high, tag) = halves(key);
         let shard = usize::try_from(high % SHARDS as u64).unwrap_or(0);
         // Multiply-shift: the upper bits choose the set, and the lower ones have chosen the shard.
-        let (_, set) = halves(u128::from(high) * u128::from(self.sets) >> 64);
+        let (_, set) = halves((u128::from(high) * u128::from(self.sets)) >> 64);
         let set = usize::try_from(set).unwrap_or(0);
         (lock(&self.shards[shard]), set, tag.max(NOBODY + 1))
     }

@@ -108,7 +108,7 @@ impl SlidingWindow {
 
     /// The number of the ninth that a time is in, modulo 2^32.
     fn number(&self, now: u64) -> u32 {
-        u32::try_from(now / self.part & u64::from(u32::MAX)).unwrap_or(0)
+        u32::try_from((now / self.part) & u64::from(u32::MAX)).unwrap_or(0)
     }
 
     fn at(&self, state: [u64; 3], now: u64) -> Window {

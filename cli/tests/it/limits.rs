@@ -1,0 +1,145 @@
+//! Rate limits that several gateways share through objects of a node.
+
+use std::path::Path;
+use std::thread;
+
+use crate::support::{Process, agent, eventually, gateway, node, node_at, request};
+
+/// Calls of any object, limited by the address of the client. An hour: next to nothing comes back meanwhile.
+fn config(dir: &Path, scope: &str, algorithm: &str) -> std::path::PathBuf {
+    let path = dir.join(format!("{scope}-{algorithm}.toml"));
+    let text = format!(
+        "[limits.calls]
+         key = '{{client.ip}}'
+         limit = 60
+         period = '3600s'
+         scope = '{scope}'
+         algorithm = '{algorithm}'
+         when_unreachable = 'closed'
+         [objects]
+         limits = ['calls']"
+    );
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+fn start(node: &Process, config: &Path, colo: &str) -> Process {
+    let mut command = gateway(node);
+    command.arg("--config").arg(config).args(["--colo", colo]);
+    Process::start(&mut command)
+}
+
+/// How many of so many calls passed, asked by four clients side by side.
+fn passed(gateway: &Process, calls: usize) -> usize {
+    let url = format!("{}/rpc/Counter/c/increment", gateway.url);
+    let client = || {
+        let agent = agent();
+        let statuses = (0..calls / 4).map(|_| request(&agent, "POST", &url, "").unwrap().0);
+        statuses.filter(|status| *status == 200).count()
+    };
+    thread::scope(|scope| {
+        let clients: Vec<_> = (0..4).map(|_| scope.spawn(client)).collect();
+        clients
+            .into_iter()
+            .map(|client| client.join().unwrap())
+            .sum()
+    })
+}
+
+fn metric(process: &Process, line: &str) -> f64 {
+    let (_, metrics) = request(&agent(), "GET", &format!("{}/metrics", process.admin), "").unwrap();
+    let value = metrics
+        .lines()
+        .find_map(|found| found.strip_prefix(line)?.strip_prefix(' '));
+    value.map_or(0.0, |value| value.parse().unwrap())
+}
+
+/// Of 60 at once, one gateway leases at most a tenth beyond what it spends.
+const LEASE_MAX: usize = 6;
+
+#[test]
+fn gateways_of_a_colo_share_a_limit_and_colos_do_not() {
+    for algorithm in ["gcra", "sliding_window"] {
+        let dir = tempfile::tempdir().unwrap();
+        let node = Process::start(&mut node(dir.path(), "2"));
+        let config = config(dir.path(), "colo", algorithm);
+        let (a, b) = (start(&node, &config, "SFO"), start(&node, &config, "SFO"));
+        let lhr = start(&node, &config, "LHR");
+        let (of_a, of_b) = thread::scope(|scope| {
+            let of_a = scope.spawn(|| passed(&a, 120));
+            let of_b = scope.spawn(|| passed(&b, 120));
+            (of_a.join().unwrap(), of_b.join().unwrap())
+        });
+        let both = of_a + of_b;
+        assert!(both <= 60, "{algorithm}: {of_a} + {of_b}");
+        assert!(both >= 60 - LEASE_MAX, "{algorithm}: {of_a} + {of_b}");
+        let elsewhere = passed(&lhr, 80);
+        assert!((60 - LEASE_MAX..=60).contains(&elsewhere), "{elsewhere}");
+        // What was refused touched no counter.
+        let counted = metric(
+            &node,
+            "shard_requests_total{class=\"Counter\",code=\"200\"}",
+        );
+        assert_eq!(counted, (both + elsewhere) as f64);
+        // And most decisions needed no object.
+        let asked = metric(
+            &node,
+            "shard_requests_total{class=\"Limiter\",code=\"200\"}",
+        );
+        assert!(asked > 0.0 && asked < 120.0, "{asked}");
+    }
+}
+
+#[test]
+fn a_gateway_that_dies_takes_its_lease_with_it_and_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Process::start(&mut node(dir.path(), "1"));
+    let config = config(dir.path(), "colo", "gcra");
+    let (dying, staying) = (start(&node, &config, "SFO"), start(&node, &config, "SFO"));
+    let before = passed(&dying, 20);
+    assert_eq!(before, 20);
+    dying.kill();
+    let after = passed(&staying, 120);
+    assert!(before + after <= 60, "{before} + {after}");
+    // What the dead one had leased is lost, and at most as much is left unspent.
+    assert!(before + after >= 60 - 2 * LEASE_MAX, "{before} + {after}");
+}
+
+#[test]
+fn an_exact_limit_is_exact_over_all_gateways() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Process::start(&mut node(dir.path(), "1"));
+    let config = config(dir.path(), "exact", "sliding_window");
+    let gateways = ["SFO", "LHR"].map(|colo| start(&node, &config, colo));
+    let all: usize = thread::scope(|scope| {
+        let each: Vec<_> = gateways
+            .iter()
+            .map(|gateway| scope.spawn(|| passed(gateway, 80)))
+            .collect();
+        each.into_iter().map(|one| one.join().unwrap()).sum()
+    });
+    assert_eq!(all, 60);
+}
+
+#[test]
+fn a_node_that_restarts_remembers_what_was_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = Process::start(&mut node(dir.path(), "1"));
+    let listen = first.url.trim_start_matches("http://").to_owned();
+    let config = config(dir.path(), "exact", "gcra");
+    let gateway = start(&first, &config, "SFO");
+    // Each increment is durable, and behind its grant in the same log.
+    assert_eq!(passed(&gateway, 40), 40);
+    first.kill();
+    let second = Process::start(&mut node_at(dir.path(), "1", &listen));
+    let mut total = 0;
+    eventually("the limiter is reached again", || {
+        total += passed(&gateway, 4);
+        metric(
+            &second,
+            "shard_requests_total{class=\"Limiter\",code=\"200\"}",
+        ) > 0.0
+    });
+    total += passed(&gateway, 80);
+    assert_eq!(total, 20, "after 40 were taken");
+}
