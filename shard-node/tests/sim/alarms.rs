@@ -215,6 +215,11 @@ impl World {
         }
     }
 
+    /// Time goes by in which no node runs.
+    pub(crate) fn pass(&mut self, millis: u64) {
+        self.now += millis;
+    }
+
     fn tries(&self) -> Vec<Try> {
         self.tries.lock().unwrap().clone()
     }
@@ -267,10 +272,12 @@ impl Life {
             Arc::clone(&clock) as _,
             metrics,
         );
-        let classes = Classes::built_in().with(Planner::default()).with(Beeper {
-            name: "Beeper".parse().unwrap(),
-            tries: Arc::clone(&world.tries),
-        });
+        let classes = crate::examples::classes::classes()
+            .with(Planner::default())
+            .with(Beeper {
+                name: "Beeper".parse().unwrap(),
+                tries: Arc::clone(&world.tries),
+            });
         let ring = RingDocument {
             version: RingVersion(1.try_into().unwrap()),
             shards: SHARDS,
@@ -335,6 +342,12 @@ impl Life {
                 host.tick();
             }
         });
+    }
+
+    /// Whether anything of an object is stored.
+    pub(crate) fn exists(&self, class: &str, object: &str) -> bool {
+        let address = self.address_of(class, object);
+        self.engine.exists(address.id, address.shard).unwrap()
     }
 
     fn address(&self, object: &str) -> Address {

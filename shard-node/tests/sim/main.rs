@@ -8,6 +8,7 @@ mod alarms;
 mod crashes;
 mod differential;
 mod disk;
+mod examples;
 mod faults;
 mod gate;
 mod node;
