@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use clap::Parser;
 use gateway::config::Config as GatewayConfig;
-use gateway::server::{Gateway, GatewayAdmin, RingFrom};
+use gateway::server::{Gateway, GatewayAdmin, Reloader, RingFrom};
 use ops::admin::{self, Admin, Page};
 use ops::args::LogArgs;
 use ops::config::ConfigError;
 use ops::operator::Front;
-use ops::process::{self, Order, Signals};
+use ops::process::{self, Signals};
 use rand::Rng;
 use shard_node::classes::Classes;
 use shard_node::config::Config as NodeConfig;
@@ -141,6 +141,7 @@ async fn serve(
     node: &NodeConfig,
 ) -> Result<(), Box<dyn Error + Send + Sync>> {
     let mut signals = Signals::listen()?;
+    let watch_every = gateway.watch_every;
     let admin_listener = admin::bind(&gateway.admin_listen).await?;
     let admin_address = admin_listener.local_addr()?;
     let node = Arc::new(Node::start(node, &Classes::built_in())?);
@@ -166,9 +167,9 @@ async fn serve(
          curl -X PUT http://{front}/objects/Kv/room-1/topic --data 'dormice'\n  \
          curl http://{front}/objects/Kv/room-1/topic"
     ));
-    while signals.next().await == Order::Reload {
-        gateway::server::reload(&gateway, args.config.as_ref()).await;
-    }
+    Reloader::new(&gateway, args.config.clone(), watch_every)
+        .until_stopped(&mut signals)
+        .await;
     info!("stopping");
     for task in upkeep {
         task.abort();

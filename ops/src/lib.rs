@@ -9,5 +9,6 @@ pub mod logs;
 pub mod metrics;
 pub mod operator;
 pub mod process;
+pub mod watch;
 
 pub use logs::Causes;

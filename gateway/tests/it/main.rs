@@ -3,8 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod apps;
+mod examples;
 mod limits;
 mod objects;
+mod process;
 mod routes;
 mod support;
 mod upstream_tls;

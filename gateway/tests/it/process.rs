@@ -1,0 +1,170 @@
+//! The binary: its checks, and how it takes changes of its file.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use crate::support::Scripted;
+
+fn gateway() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gateway"));
+    command.env("DORMOUSE_ADMIN_LISTEN", "127.0.0.1:0");
+    command.env("DORMOUSE_LISTEN", "127.0.0.1:0");
+    command
+}
+
+fn check(toml: &str) -> (Option<i32>, String) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), toml).unwrap();
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = gateway()
+        .arg("--check")
+        .arg("--config")
+        .arg(file.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8([stdout, stderr].concat()).unwrap();
+    (status.code(), said)
+}
+
+#[test]
+fn a_check_names_line_key_value_and_rule() {
+    let refused = |toml: &str, want: &[&str]| {
+        let (code, said) = check(toml);
+        assert_eq!(code, Some(2), "{said}");
+        for want in want {
+            assert!(said.contains(want), "{said} should say {want:?}");
+        }
+    };
+    refused("threads = 1\nthread = 2\n", &["line 2", "thread"]);
+    refused("\nthreads = 'x'\n", &["line 2", "threads", "'x'"]);
+    refused(
+        "\n[[routes]]\nname = 'a'\npath = 'x'\nrespond = {}\n",
+        &["line 4: routes[0].path = \"x\" must begin with /"],
+    );
+    refused(
+        "[upstreams.app]\nservers = [\n  '127.0.0.1:1',\n  'nowhere',\n]\n",
+        &["line 4: upstreams.app.servers[1].address = \"nowhere\" must be host:port"],
+    );
+    refused(
+        "retry.tries_max = 0\n",
+        &["line 1: retry.tries_max = 0 must be at least 1"],
+    );
+    let (code, said) = check(
+        "[[routes]]\nname = 'a'\npath = '/x'\nrespond = {}\nshard = { by = '{query.k}', count = 5000 }\n",
+    );
+    assert_eq!(code, Some(0), "{said}");
+    assert!(
+        said.contains("warning: route \"a\": shard.count = 5000: from 10 to 1000 are advised"),
+        "{said}"
+    );
+    assert!(said.contains("the configuration is valid"), "{said}");
+}
+
+/// A running gateway; killed when dropped.
+struct Running {
+    child: Child,
+    url: String,
+    log: std::sync::mpsc::Receiver<String>,
+}
+
+impl Running {
+    fn start(file: &Path) -> Self {
+        let mut child = gateway()
+            .arg("--config")
+            .arg(file)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = String::new();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        out.read_line(&mut ready).unwrap();
+        let url = ready.split(' ').nth(1).unwrap().to_owned();
+        let (tell, log) = std::sync::mpsc::sync_channel(1000);
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        std::thread::spawn(move || {
+            lines
+                .map_while(Result::ok)
+                .try_for_each(|line| tell.send(line))
+        });
+        Self { child, url, log }
+    }
+
+    fn get(&self, path: &str) -> String {
+        let mut answer = ureq::get(format!("{}{path}", self.url)).call().unwrap();
+        let mut text = String::new();
+        answer
+            .body_mut()
+            .as_reader()
+            .read_to_string(&mut text)
+            .unwrap();
+        text
+    }
+
+    /// Waits for a line of the log.
+    fn logged(&self, want: &str) -> String {
+        loop {
+            let line = self.log.recv_timeout(Duration::from_secs(30));
+            let line = line.unwrap_or_else(|_| panic!("nothing logged like {want:?}"));
+            if line.contains(want) {
+                return line;
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+fn route(body: &str) -> String {
+    format!(
+        "nodes = []\nwatch_every = '20ms'\n[[routes]]\nname = 'a'\npath = '/*'\nrespond = {{ body = '{body}' }}\n"
+    )
+}
+
+#[test]
+fn a_change_of_the_file_is_taken_and_a_bad_one_is_not() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), route("one")).unwrap();
+    let running = Running::start(file.path());
+    assert_eq!(running.get("/"), "one");
+    std::fs::write(file.path(), route("two")).unwrap();
+    running.logged("config reloaded");
+    assert_eq!(running.get("/"), "two");
+    std::fs::write(file.path(), route("three").replace("'/*'", "'*'")).unwrap();
+    let line = running.logged("reload refused");
+    assert!(
+        line.contains("line 5: routes[0].path = \"*\" must begin with /"),
+        "{line}"
+    );
+    assert_eq!(running.get("/"), "two");
+    std::fs::write(file.path(), format!("threads = 3\n{}", route("four"))).unwrap();
+    let line = running.logged("take effect at the next start");
+    assert!(line.contains("threads"), "{line}");
+    assert_eq!(running.get("/"), "four");
+}
+
+#[test]
+fn without_nodes_a_gateway_serves_apps_at_once() {
+    let runtime = crate::support::runtime();
+    let app = Scripted::start(&runtime);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let toml = format!(
+        "nodes = []\nroutes = [{{ name = 'a', path = '/*', upstream = 'app' }}]\nupstreams.app.servers = ['{}']",
+        app.address
+    );
+    std::fs::write(file.path(), toml).unwrap();
+    let running = Running::start(file.path());
+    assert_eq!(running.get("/x"), "ok");
+    assert_eq!(app.seen()[0].uri, "/x");
+}
