@@ -102,6 +102,8 @@ pub struct RequestsConfig {
     pub idle_max: Duration,
     /// Idle connections kept, per thread.
     pub idle_connections_max: u32,
+    /// Requests for objects share one connection per worker and thread where they can.
+    pub links: bool,
 }
 
 impl Default for RequestsConfig {
@@ -112,6 +114,7 @@ impl Default for RequestsConfig {
             silence_max: Duration::from_secs(60),
             idle_max: Duration::from_secs(60),
             idle_connections_max: 1024,
+            links: true,
         }
     }
 }

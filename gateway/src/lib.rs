@@ -10,6 +10,7 @@ pub mod asked;
 pub mod client;
 pub mod config;
 pub mod limit;
+pub mod link;
 pub mod metrics;
 pub mod placement;
 pub mod proxy;

@@ -1,4 +1,7 @@
-//! pingora's `ProxyHttp`: a short method per phase. pingora's error type stays in this file.
+//! pingora's `ProxyHttp`: a short method per phase. pingora's error type stays in this file and those below
+//! it.
+
+mod linked;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -28,6 +31,7 @@ use crate::asked::{Asked, Params};
 use crate::client::ClientRules;
 use crate::config::{Config, RequestsConfig, RetryConfig};
 use crate::limit::shared::Link;
+use crate::link::Links;
 use crate::metrics::{Code, Metrics, RouteLabel};
 use crate::placement::{Owner, Placement};
 use crate::refusal::Refusal;
@@ -104,7 +108,7 @@ pub struct Shared {
 }
 
 /// The proxy of one thread.
-pub struct Proxy(pub Arc<Shared>);
+pub struct Proxy(pub Arc<Shared>, pub Links);
 
 /// One request on its way.
 pub struct Request {
@@ -410,7 +414,7 @@ impl ProxyHttp for Proxy {
             }
             Ok(aim) => {
                 request.aim = Some(aim);
-                Ok(false)
+                self.answer_linked(session, request).await
             }
             Err(refusal) => {
                 receive_rest(session).await;

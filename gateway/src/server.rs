@@ -37,6 +37,7 @@ use tracing::{info, warn};
 
 use crate::config::{Args, Config};
 use crate::limit::shared::Link;
+use crate::link::Links;
 use crate::metrics::Metrics;
 use crate::placement::{Placement, RingSource};
 use crate::proxy::{Dynamic, Proxy, Shared};
@@ -329,7 +330,14 @@ impl Thread {
     }
 
     async fn run(mut self) {
-        let mut proxy = HttpProxy::new(Proxy(Arc::clone(&self.shared)), Arc::clone(&self.conf));
+        let requests = &self.shared.requests;
+        let links = Links::new(
+            self.shared.token.clone(),
+            requests.connect_max,
+            requests.silence_max,
+        );
+        let proxy = Proxy(Arc::clone(&self.shared), links);
+        let mut proxy = HttpProxy::new(proxy, Arc::clone(&self.conf));
         proxy.handle_init_modules();
         let proxy = Arc::new(proxy);
         let listener = match tokio::net::TcpListener::from_std(self.listener) {

@@ -306,6 +306,13 @@ impl ObjectId {
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
+
+    /// The inverse of [`as_bytes`](Self::as_bytes); `None` if this system makes no such ids.
+    pub fn from_bytes(bytes: [u8; 32]) -> Option<Self> {
+        let known_kind = matches!(bytes[0], 0x11 | 0x12);
+        let known = known_kind && Home::from_bytes([bytes[1], bytes[2], bytes[3]]).is_some();
+        known.then_some(Self(bytes))
+    }
 }
 
 fn binding(class: &ClassName, id: &[u8; 32]) -> [u8; 8] {
@@ -330,12 +337,7 @@ impl FromStr for ObjectId {
             let low = hex_value(pair[1]).ok_or_else(malformed)?;
             *byte = high << 4 | low;
         }
-        let known_kind = matches!(bytes[0], 0x11 | 0x12);
-        if known_kind && Home::from_bytes([bytes[1], bytes[2], bytes[3]]).is_some() {
-            Ok(Self(bytes))
-        } else {
-            Err(ObjectIdError::Format(text.to_owned()))
-        }
+        Self::from_bytes(bytes).ok_or_else(|| ObjectIdError::Format(text.to_owned()))
     }
 }
 

@@ -1,8 +1,8 @@
 //! What the gateway and the shard nodes must agree on, and nothing else: no I/O, no async, no clock.
 //!
 //! A request names an object; [`ids`] turn the name into an [`ObjectId`], the [`ring`] turns the id
-//! into a shard and the shard into a worker's address, [`headers`] carry all of it there, and what
-//! the system refuses comes back as a [`Problem`] with a code from a closed set ([`ErrorCode`]).
+//! into a shard and the shard into a worker's address, [`headers`] or a [`link`] carry all of it there,
+//! and what the system refuses comes back as a [`Problem`] with a code from a closed set ([`ErrorCode`]).
 //! Every bound they share is in [`limits`]; [`rate`] and [`limiter`] are how often a key may come.
 
 pub mod epoch;
@@ -11,6 +11,7 @@ pub mod headers;
 pub mod ids;
 pub mod limiter;
 pub mod limits;
+pub mod link;
 pub mod problem;
 pub mod rate;
 pub mod ring;

@@ -1,8 +1,8 @@
 //! Hosts objects: each single-threaded, with a name and a SQLite database of its own, asleep unless
 //! something happens.
 //!
-//! The life of a request: [`worker`](node) accepts the connection on its own thread; `server` reads
-//! the routing headers and refuses what another worker owns; [`host`] finds the object in memory or
+//! The life of a request: [`worker`](node) accepts the connection on its own thread; `link`, or hyper for
+//! HTTP/1.1, takes requests from it; `server` reads how they were routed and refuses what another worker owns; [`host`] finds the object in memory or
 //! activates it, and puts the request into its mailbox; the turn loop hands it to the
 //! [`class`]'s instance inside one transaction of the object's [`storage`]; the reply leaves once
 //! that transaction is durable.
@@ -24,6 +24,7 @@ mod export;
 pub mod fsck;
 pub mod history;
 pub mod host;
+mod link;
 pub mod metrics;
 pub mod node;
 pub mod object;

@@ -1,7 +1,8 @@
 //! Requests in, replies and refusals out: what a worker's listener understands.
 //!
-//! Only gateways speak to it. The headers of [`protocol::headers`] say which object a request is for;
-//! method, path, query, other headers and body are the object's.
+//! Only gateways speak to it. The headers of [`protocol::headers`], or the fields of a
+//! [`protocol::link`] request, say which object it is for; method, path, query, other headers and body are
+//! the object's.
 
 use std::convert::Infallible;
 use std::rc::Rc;
@@ -11,6 +12,7 @@ use bytes::Bytes;
 use http::header::{ALLOW, CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
+use protocol::link::{self, Ask};
 use protocol::trace::TraceParent;
 use protocol::{ErrorCode, ObjectId, ObjectName, Problem, Ring, ShardId, headers, limits, problem};
 use subtle::ConstantTimeEq;
@@ -42,10 +44,19 @@ impl Server {
         self: Rc<Self>,
         request: Request<Incoming>,
     ) -> Result<Response<Body>, Infallible> {
-        let begun = Instant::now();
-        let mut class = None;
-        let seen = Seen::of(request.headers());
-        let answer = self.answer(request.map(Body::from), &mut class).await;
+        let mut seen = Seen::of(request.headers());
+        let answer = self.answer(request.map(Body::from), &mut seen.class).await;
+        Ok(self.finish(answer, &seen))
+    }
+
+    /// Answers one request that came over a link, whose token was checked when it began.
+    pub(crate) async fn serve_linked(&self, request: &link::Request<'_>) -> Response<Body> {
+        let mut seen = Seen::of_linked(&request.routed);
+        let answer = self.answer_linked(request, &mut seen.class).await;
+        self.finish(answer, &seen)
+    }
+
+    fn finish(&self, answer: Result<Response<Body>, Problem>, seen: &Seen) -> Response<Body> {
         let (response, code) = match answer {
             Ok(response) => {
                 let status = response.status().as_u16();
@@ -56,11 +67,11 @@ impl Server {
                 (self.refuse(&problem, seen.request.as_deref()), code)
             }
         };
-        let took = begun.elapsed();
-        let class = class.as_ref().map(|class: &Arc<dyn Class>| class.name());
+        let took = seen.begun.elapsed();
+        let class = seen.class.as_ref().map(|class| class.name());
         self.metrics.request(class, code, took);
         seen.log(class.map(|class| class.as_str()), code, took);
-        Ok(response)
+        response
     }
 
     async fn answer(
@@ -75,26 +86,64 @@ impl Server {
         if !request.headers().contains_key(headers::OBJECT) {
             return self.internal_page(&request);
         }
-        let class = self.class(request.headers())?;
+        let of_gateway = request.headers().contains_key(headers::INTERNAL);
+        let class = self.class(text(request.headers(), &headers::CLASS)?, of_gateway)?;
         *class_seen = Some(Arc::clone(&class));
-        let address = self.address(class, request.headers())?;
+        let address = self.read_address(class, request.headers())?;
         if request.headers().contains_key(headers::CREATE) {
             return Ok(created(&address));
         }
-        match request.headers_mut().remove(headers::METHOD) {
-            None => self.fetch(&address, request).await,
-            Some(method) => self.call(&address, &method, request).await,
+        let Some(method) = request.headers_mut().remove(headers::METHOD) else {
+            return self.fetch(&address, request).await;
+        };
+        let method = method
+            .to_str()
+            .map_err(|error| bad_header(&headers::METHOD, &error))?;
+        let body = request
+            .into_body()
+            .read(limits::RPC_BODY_BYTES_MAX)
+            .await
+            .map_err(|error| Problem {
+                remote: false,
+                ..error.problem()
+            })?;
+        self.call(&address, method, &body).await
+    }
+
+    async fn answer_linked(
+        &self,
+        request: &link::Request<'_>,
+        class_seen: &mut Option<Arc<dyn Class>>,
+    ) -> Result<Response<Body>, Problem> {
+        let routed = &request.routed;
+        let class = self.class(routed.class, false)?;
+        *class_seen = Some(Arc::clone(&class));
+        let address = self.address(class, routed.id, routed.epoch, || {
+            let name = routed.name.map(str::parse::<ObjectName>).transpose();
+            name.map_err(|error| bad_header(&headers::NAME, &error))
+        })?;
+        match request.ask {
+            Ask::Create => Ok(created(&address)),
+            Ask::Call { method } => self.call(&address, method, request.body).await,
+            Ask::Fetch { .. } => {
+                let request = crate::link::to_http(request, address.shard)?;
+                self.fetch(&address, request).await
+            }
         }
+    }
+
+    pub(crate) fn check_token(&self, given: &[u8]) -> bool {
+        let wanted = self.token.as_deref();
+        wanted.is_none_or(|token| given.ct_eq(token.as_bytes()).into())
     }
 
     /// With a token configured, nothing is answered without it.
     fn authenticate(&self, headers: &mut HeaderMap) -> Result<(), Problem> {
-        let Some(token) = &self.token else {
+        if self.token.is_none() {
             return Ok(());
-        };
+        }
         let given = headers.remove(headers::TOKEN);
-        let right = given.is_some_and(|given| given.as_bytes().ct_eq(token.as_bytes()).into());
-        if right {
+        if given.is_some_and(|given| self.check_token(given.as_bytes())) {
             Ok(())
         } else {
             Err(Problem::new(
@@ -116,12 +165,12 @@ impl Server {
         Ok(json(StatusCode::OK, ring))
     }
 
-    fn class(&self, headers: &HeaderMap) -> Result<Arc<dyn Class>, Problem> {
-        let name = text(headers, &headers::CLASS)?;
+    /// `of_gateway`: the gateway itself asks, not a client of it.
+    fn class(&self, name: &str, of_gateway: bool) -> Result<Arc<dyn Class>, Problem> {
         self.classes
             .iter()
             .find(|class| class.name().as_str() == name)
-            .filter(|class| !class.is_internal() || headers.contains_key(headers::INTERNAL))
+            .filter(|class| !class.is_internal() || of_gateway)
             .cloned()
             .ok_or_else(|| {
                 Problem::not_found(format!(
@@ -131,22 +180,46 @@ impl Server {
             })
     }
 
-    fn address(&self, class: Arc<dyn Class>, headers: &HeaderMap) -> Result<Address, Problem> {
+    fn read_address(&self, class: Arc<dyn Class>, headers: &HeaderMap) -> Result<Address, Problem> {
         let id: ObjectId = text(headers, &headers::OBJECT)?
             .parse()
             .map_err(|error| bad_header(&headers::OBJECT, &error))?;
+        let epoch = text(headers, &headers::EPOCH)?;
+        let epoch: u64 = epoch
+            .parse()
+            .map_err(|error| bad_header(&headers::EPOCH, &error))?;
+        self.address(class, id, epoch, || {
+            let Some(value) = headers.get(headers::NAME) else {
+                return Ok(None);
+            };
+            let value = value
+                .to_str()
+                .map_err(|error| bad_header(&headers::NAME, &error))?;
+            let name = headers::decode_name(value);
+            name.map(Some)
+                .map_err(|error| bad_header(&headers::NAME, &error))
+        })
+    }
+
+    fn address(
+        &self,
+        class: Arc<dyn Class>,
+        id: ObjectId,
+        epoch: u64,
+        name: impl FnOnce() -> Result<Option<ObjectName>, Problem>,
+    ) -> Result<Address, Problem> {
         let shard = self.ring.shard_of(id);
-        self.check_owner(id, shard, headers)?;
+        self.check_owner(id, shard, epoch)?;
         // The gateway made the id from class and name; only what wakes from sleep pays for a check.
         let known = self.host.is_awake(id);
         if !known {
             id.check_class(class.name())
                 .map_err(|error| bad_header(&headers::OBJECT, &error))?;
         }
-        let name = match headers.get(headers::NAME) {
-            Some(_) if !known => Some(name(&class, id, headers)?),
-            _ => None,
-        };
+        let name = if known { None } else { name()? };
+        if let Some(name) = &name {
+            check_name(&class, id, name)?;
+        }
         Ok(Address {
             class,
             id,
@@ -155,17 +228,8 @@ impl Server {
         })
     }
 
-    fn check_owner(
-        &self,
-        id: ObjectId,
-        shard: ShardId,
-        headers: &HeaderMap,
-    ) -> Result<(), Problem> {
+    fn check_owner(&self, id: ObjectId, shard: ShardId, epoch: u64) -> Result<(), Problem> {
         let not_owner = |detail: String| Err(Problem::new(ErrorCode::NotOwner, detail));
-        let epoch = text(headers, &headers::EPOCH)?;
-        let epoch: u64 = epoch
-            .parse()
-            .map_err(|error| bad_header(&headers::EPOCH, &error))?;
         let mine = self.ring.version().0.get();
         if epoch > mine {
             // A newer ring exists, and it may have given the shard away.
@@ -198,21 +262,10 @@ impl Server {
     async fn call(
         &self,
         address: &Address,
-        method: &HeaderValue,
-        request: Request<Body>,
+        method: &str,
+        body: &[u8],
     ) -> Result<Response<Body>, Problem> {
-        let method = method
-            .to_str()
-            .map_err(|error| bad_header(&headers::METHOD, &error))?;
-        let body = request
-            .into_body()
-            .read(limits::RPC_BODY_BYTES_MAX)
-            .await
-            .map_err(|error| Problem {
-                remote: false,
-                ..error.problem()
-            })?;
-        let args = Args::new(method, arguments(&body)?);
+        let args = Args::new(method, arguments(body)?);
         let event = Event::Call {
             method: method.into(),
             args,
@@ -293,11 +346,9 @@ fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<&'a str, Proble
     value.to_str().map_err(|error| bad_header(name, &error))
 }
 
-fn name(class: &Arc<dyn Class>, id: ObjectId, headers: &HeaderMap) -> Result<ObjectName, Problem> {
-    let name = headers::decode_name(text(headers, &headers::NAME)?)
-        .map_err(|error| bad_header(&headers::NAME, &error))?;
-    if ObjectId::named(class.name(), id.home(), &name) == id {
-        Ok(name)
+fn check_name(class: &Arc<dyn Class>, id: ObjectId, name: &ObjectName) -> Result<(), Problem> {
+    if ObjectId::named(class.name(), id.home(), name) == id {
+        Ok(())
     } else {
         Err(Problem::bad_request(format!(
             "the name in {} does not lead to the id in {}",
@@ -311,8 +362,11 @@ fn bad_header(name: &HeaderName, error: &dyn std::fmt::Display) -> Problem {
     Problem::bad_request(format!("{name}: {error}"))
 }
 
-/// What the log says about a request, copied before the request is handed on.
+/// What metrics and the log say about a request, copied before the request is handed on.
 struct Seen {
+    begun: Instant,
+    /// Once it is known.
+    class: Option<Arc<dyn Class>>,
     request: Option<String>,
     trace: Option<TraceParent>,
 }
@@ -325,10 +379,21 @@ impl Seen {
                 .and_then(|value: &HeaderValue| value.to_str().ok())
         };
         Self {
+            begun: Instant::now(),
+            class: None,
             request: text(headers::REQUEST).map(str::to_owned),
             trace: tracing::enabled!(tracing::Level::DEBUG)
                 .then(|| TraceParent::parse(text(headers::TRACEPARENT)?))
                 .flatten(),
+        }
+    }
+
+    fn of_linked(routed: &link::Routed<'_>) -> Self {
+        Self {
+            begun: Instant::now(),
+            class: None,
+            request: Some(routed.request.to_owned()),
+            trace: tracing::enabled!(tracing::Level::DEBUG).then_some(routed.trace),
         }
     }
 

@@ -15,7 +15,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use ops::Causes;
 use ops::metrics::Registry;
-use protocol::{Home, Ring, ShardId};
+use protocol::{Home, Ring, ShardId, link};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 use tokio::task::{JoinSet, LocalSet};
@@ -347,6 +347,18 @@ async fn connection(stream: TcpStream, server: Rc<Server>, mut order: watch::Rec
     // Small answers must not wait for the acknowledgement of earlier ones.
     if let Err(error) = stream.set_nodelay(true) {
         debug!(error = %Causes(&error), "TCP_NODELAY");
+    }
+    let mut first = [0];
+    let peeked = tokio::select! {
+        peeked = stream.peek(&mut first) => peeked,
+        // It has asked nothing.
+        _ = order.wait_for(|order| *order == Order::Stop) => return,
+    };
+    if peeked.is_ok() && first[0] == link::MAGIC[0] {
+        if let Err(error) = crate::link::serve(stream, server, order).await {
+            debug!(error = %Causes(&error), "link ended");
+        }
+        return;
     }
     let service = service_fn(move |request| Rc::clone(&server).serve(request));
     let connection = http1::Builder::new()

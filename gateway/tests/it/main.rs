@@ -5,9 +5,11 @@
 mod apps;
 mod examples;
 mod limits;
+mod link;
 mod objects;
 mod process;
 mod routes;
+mod scripted_link;
 mod support;
 mod upstream_tls;
 mod upstreams;

@@ -7,7 +7,9 @@ use std::time::Duration;
 use gateway::server::RingFrom;
 use protocol::{ClassName, Home, ObjectId, headers};
 
-use crate::support::{Act, Front, Scripted, config, ok, read_head, refusal, ring, runtime};
+use crate::support::{
+    Act, Front, Scripted, config, ok, read_head, refusal, resident_bytes, ring, runtime,
+};
 
 #[test]
 fn a_routed_request_carries_who_where_and_which() {
@@ -442,11 +444,13 @@ fn a_stopping_gateway_answers_what_is_under_way() {
     let address = front.gateway.address();
     let slow = TcpListener::bind("127.0.0.1:0").unwrap();
     drop(worker);
+    let mut config = config();
+    config.requests.links = false;
     let Front {
         gateway, runtime, ..
     } = Front::start(
         runtime(),
-        &config(),
+        &config,
         RingFrom::Document(ring(1, slow.local_addr().unwrap())),
     );
     let busy = gateway.address();
@@ -479,19 +483,4 @@ fn wait_ready(front: &Front) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     });
-}
-
-/// Memory of this process that is in RAM.
-fn resident_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmRSS:"))
-        .unwrap();
-    line.split_whitespace()
-        .nth(1)
-        .unwrap()
-        .parse::<u64>()
-        .unwrap()
-        * 1024
 }

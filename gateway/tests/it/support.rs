@@ -72,10 +72,21 @@ pub(crate) struct Scripted {
     seen: Arc<Mutex<Vec<Seen>>>,
     count: Arc<AtomicUsize>,
     ring: Arc<Mutex<Option<RingDocument>>>,
+    /// Whether it speaks links as workers do, or is older.
+    links: bool,
 }
 
 impl Scripted {
     pub(crate) fn start(runtime: &Runtime) -> Self {
+        Self::with(runtime, true)
+    }
+
+    /// One that knows HTTP/1.1 only.
+    pub(crate) fn without_links(runtime: &Runtime) -> Self {
+        Self::with(runtime, false)
+    }
+
+    fn with(runtime: &Runtime, links: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let server = Self {
@@ -85,6 +96,7 @@ impl Scripted {
             count: Arc::default(),
             seen: Arc::default(),
             ring: Arc::default(),
+            links,
         };
         let this = server.clone();
         runtime.spawn(async move {
@@ -93,6 +105,11 @@ impl Scripted {
                 let (stream, _) = listener.accept().await.unwrap();
                 let this = this.clone();
                 tokio::spawn(async move {
+                    let mut first = [1];
+                    drop(stream.peek(&mut first).await);
+                    if first[0] == protocol::link::MAGIC[0] && this.links {
+                        return crate::scripted_link::serve(stream, this).await;
+                    }
                     let service = service_fn(move |request| this.clone().act(request));
                     // A script that hangs up ends a connection with an error.
                     drop(
@@ -138,6 +155,25 @@ impl Scripted {
         std::mem::take(&mut self.seen.lock().unwrap())
     }
 
+    fn pop_act(&self, path: &str) -> Act {
+        let fixed = {
+            let answers = self.answers.lock().unwrap();
+            let fixed = answers.iter().find(|(known, _)| known == path);
+            fixed.map(|(_, act)| act())
+        };
+        fixed
+            .or_else(|| self.script.lock().unwrap().pop_front())
+            .unwrap_or_else(|| ok("ok"))
+    }
+
+    /// Remembers a request that came whole; what to do with it.
+    pub(crate) fn next_act(&self, seen: Seen) -> Act {
+        self.count.fetch_add(1, Ordering::Relaxed);
+        let act = self.pop_act(&seen.uri);
+        self.seen.lock().unwrap().push(seen);
+        act
+    }
+
     async fn act(self, request: Request<Incoming>) -> Result<Response<Body>, Silence> {
         if request.uri().path() == headers::RING_PATH {
             let ring = self.ring.lock().unwrap().clone();
@@ -145,16 +181,7 @@ impl Scripted {
             return Ok(Response::new(full(Full::new(body.into()))));
         }
         self.count.fetch_add(1, Ordering::Relaxed);
-        let fixed = {
-            let answers = self.answers.lock().unwrap();
-            let fixed = answers
-                .iter()
-                .find(|(path, _)| path == request.uri().path());
-            fixed.map(|(_, act)| act())
-        };
-        let act = fixed
-            .or_else(|| self.script.lock().unwrap().pop_front())
-            .unwrap_or_else(|| ok("ok"));
+        let act = self.pop_act(request.uri().path());
         let (head, body) = request.into_parts();
         let mut seen = Seen {
             method: head.method.to_string(),
@@ -346,6 +373,7 @@ impl Front {
     }
 }
 
+/// The next head of an answer or a request, with the empty line.
 pub(crate) fn read_head(stream: &mut TcpStream) -> String {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -354,4 +382,19 @@ pub(crate) fn read_head(stream: &mut TcpStream) -> String {
         head.push(byte[0]);
     }
     String::from_utf8(head).unwrap()
+}
+
+/// Memory of this process that is in RAM.
+pub(crate) fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .unwrap();
+    line.split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse::<u64>()
+        .unwrap()
+        * 1024
 }

@@ -58,6 +58,14 @@ impl Body {
         }
     }
 
+    /// The bytes, if they are at hand.
+    pub(crate) fn whole(self) -> Result<Bytes, Self> {
+        match self.0 {
+            Kind::Bytes(bytes) => Ok(bytes),
+            _ => Err(self),
+        }
+    }
+
     /// The same body, keeping its object awake until it has been sent. Bytes at hand need no object.
     pub(crate) fn held(self, awake: Awake) -> Self {
         match self.0 {

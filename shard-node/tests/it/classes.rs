@@ -151,6 +151,11 @@ impl Instance for ProbeInstance {
                     .insert("upgrade", "shout".parse().unwrap());
                 Turn::Done(Ok(response))
             }
+            // As many bytes as the query says, whenever somebody takes them.
+            "/long" => {
+                let bytes = request.uri().query().unwrap().parse().unwrap();
+                Turn::Done(Ok(Response::new(Body::stream(LongBody(bytes)))))
+            }
             "/panic_while_streaming" => {
                 Turn::Done(Ok(Response::new(Body::stream(PanickingBody(false)))))
             }
@@ -247,6 +252,25 @@ impl Instance for ProbeInstance {
                 Turn::Done(Ok(self.cached.get().into()))
             }
         }
+    }
+}
+
+/// So many bytes, always the same.
+struct LongBody(usize);
+
+impl hyper::body::Body for LongBody {
+    type Data = bytes::Bytes;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        _cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<hyper::body::Frame<bytes::Bytes>, Self::Error>>> {
+        static SEVENS: [u8; 50_000] = [7; 50_000];
+        let part = self.0.min(SEVENS.len());
+        self.0 -= part;
+        let frame = hyper::body::Frame::data(bytes::Bytes::from_static(&SEVENS[..part]));
+        std::task::Poll::Ready((part > 0).then_some(Ok(frame)))
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod classes;
 mod limiter;
+mod link;
 mod node;
 mod requests;
 mod support;

@@ -1,0 +1,134 @@
+//! Requests for objects that go over a link: pingora has read the head, and writes the answer.
+
+use bytes::{Bytes, BytesMut};
+use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use pingora_core::{Error, ErrorType, OrErr, Result};
+use pingora_http::ResponseHeader;
+use pingora_proxy::Session;
+
+use super::{Aim, Proxy, Request, refuse};
+use crate::link::forward::{Errand, Forwarded, body_bytes, forward};
+use crate::link::{Exchange, Head};
+use crate::route::Ask;
+
+impl Proxy {
+    /// Answers a request for an object over a link, if it may go that way. `false`: it goes by HTTP/1.1.
+    pub(super) async fn answer_linked(
+        &self,
+        session: &mut Session,
+        request: &mut Request,
+    ) -> Result<bool> {
+        let Some(Aim::Object { target, .. }) = &request.aim else {
+            return Ok(false);
+        };
+        let empty = session.downstream_session.is_body_empty();
+        let bytes = body_bytes(&session.req_header().headers, empty);
+        let Some(bytes) = bytes.filter(|_| self.0.requests.links) else {
+            return Ok(false);
+        };
+        let mut body = BytesMut::new();
+        if bytes > 0 {
+            // If there is no link after all, pingora sends it from there.
+            session.downstream_session.enable_retry_buffering();
+            let reading = &mut session.downstream_session;
+            while let Some(part) = reading
+                .read_request_body()
+                .await
+                .map_err(Error::into_down)?
+            {
+                body.extend_from_slice(&part);
+            }
+        }
+        let head = session.req_header();
+        let method = head.method.clone();
+        let headers = match target.ask {
+            Ask::Fetch { .. } => head.headers.clone(),
+            Ask::Call { .. } | Ask::Create => HeaderMap::new(),
+        };
+        let errand = Errand {
+            target,
+            method: &method,
+            headers: &headers,
+            body: &body,
+            request: &request.id,
+            trace: request.trace,
+            colo: request.colo,
+        };
+        let forwarding = forward(&self.0, &self.1, &errand, &mut request.tries);
+        let forwarded = tokio::select! {
+            biased;
+            forwarded = forwarding => forwarded,
+            gone = session.downstream_session.read_body_or_idle(true) => {
+                // Nobody waits for the answer: the exchange is dropped, and with it cancelled.
+                return match gone {
+                    Err(error) => Err(error.into_down()),
+                    Ok(_) => Error::e_explain(ErrorType::ConnectionClosed, "bytes after the body"),
+                };
+            }
+        };
+        match forwarded {
+            Forwarded::Http1 => {
+                request.tries = 0;
+                Ok(false)
+            }
+            Forwarded::Failed(problem) => {
+                refuse(session, request, &problem.into()).await?;
+                Ok(true)
+            }
+            Forwarded::Answered {
+                head,
+                exchange,
+                refused,
+            } => {
+                request.refused = refused;
+                pass_answer(session, &head, exchange).await?;
+                Ok(true)
+            }
+        }
+    }
+}
+
+/// Passes the answer of an object to the client.
+async fn pass_answer(session: &mut Session, head: &Head, mut exchange: Exchange) -> Result<()> {
+    let senseless = |_| Error::explain(ErrorType::InvalidHTTPHeader, "a response of a worker");
+    let response = head.read().map_err(senseless)?;
+    let mut made = ResponseHeader::build(response.status, None)?;
+    for (name, value) in response.headers {
+        made.append_header(
+            HeaderName::from_bytes(name).map_err(senseless_name)?,
+            HeaderValue::from_bytes(value).map_err(senseless_value)?,
+        )?;
+    }
+    let bodiless =
+        session.req_header().method == Method::HEAD || matches!(response.status, 204 | 304);
+    let empty = head.is_end && (bodiless || response.body.is_empty());
+    if head.is_end && !bodiless {
+        made.insert_header(CONTENT_LENGTH, HeaderValue::from(response.body.len()))?;
+    } else if !bodiless && !made.headers.contains_key(CONTENT_LENGTH) {
+        made.insert_header(TRANSFER_ENCODING, "chunked")?;
+    }
+    session.write_response_header(Box::new(made), empty).await?;
+    if empty {
+        return Ok(());
+    }
+    if head.is_end {
+        let body = Bytes::copy_from_slice(response.body);
+        return session.write_response_body(Some(body), true).await;
+    }
+    loop {
+        let data = exchange.data().await;
+        match data.or_err(ErrorType::ReadError, "the body of an object")? {
+            Some(data) => session.write_response_body(Some(data), false).await?,
+            None => return session.write_response_body(None, true).await,
+        }
+    }
+}
+
+fn senseless_name(_: http::header::InvalidHeaderName) -> Box<Error> {
+    Error::explain(ErrorType::InvalidHTTPHeader, "a header of a worker")
+}
+
+fn senseless_value(_: http::header::InvalidHeaderValue) -> Box<Error> {
+    Error::explain(ErrorType::InvalidHTTPHeader, "a header of a worker")
+}
