@@ -17,6 +17,8 @@ pub struct Asked<'a> {
     pub method: &'a Method,
     /// Of the `Host` header or the URI, with the port if it came with one.
     pub host: Option<&'a str>,
+    /// Whether the connection is TLS.
+    pub secure: bool,
     /// As it came: not decoded.
     pub path: &'a str,
     /// As it came, without the `?`.
@@ -35,6 +37,10 @@ pub struct Asked<'a> {
 }
 
 impl<'a> Asked<'a> {
+    pub fn scheme(&self) -> &'static str {
+        if self.secure { "https" } else { "http" }
+    }
+
     /// The host without its port.
     pub fn host_name(&self) -> Option<&'a str> {
         self.host.map(without_port)
@@ -137,6 +143,7 @@ pub(crate) mod tests {
         Asked {
             method: &Method::GET,
             host: Some("example.org:8080"),
+            secure: false,
             path,
             query,
             headers,

@@ -42,16 +42,18 @@ impl ClientRules {
             address: header("address_header", &config.address_header)?,
             colo: header("colo_header", &config.colo_header)?,
         };
-        if rules.trusted.is_empty() && (rules.address.is_some() || rules.colo.is_some()) {
+        let believes = rules.address.is_some() || rules.colo.is_some() || config.proxy_protocol;
+        if rules.trusted.is_empty() && believes {
             return Err(Broken::new(
                 "trusted_proxies",
-                "must name those whose headers are believed: anybody can send address_header and colo_header",
+                "must name those who are believed: anybody can send address_header, colo_header and PROXY headers",
             ));
         }
         Ok(rules)
     }
 
-    fn trusts(&self, address: IpAddr) -> bool {
+    /// Whether this is the address of a trusted proxy.
+    pub fn trusts(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
         self.trusted
             .iter()
@@ -109,6 +111,7 @@ mod tests {
             trusted_proxies: vec!["10.0.0.0/8".to_owned(), "2001:db8::1".to_owned()],
             address_header: "x-forwarded-for".to_owned(),
             colo_header: "cf-ray".to_owned(),
+            proxy_protocol: false,
         })
         .unwrap()
     }
@@ -171,7 +174,7 @@ mod tests {
             colo_header,
             ..ClientConfig::default()
         };
-        refused(&config, "must name those whose headers are believed");
+        refused(&config, "must name those who are believed");
         let config = ClientConfig {
             trusted_proxies: vec!["10.0.0.0/33".to_owned()],
             ..config

@@ -1,7 +1,7 @@
 //! `gateway.toml` as types, the command line, and what both must obey together.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Parser;
@@ -11,6 +11,7 @@ use protocol::Colo;
 use serde::{Deserialize, Serialize};
 
 use crate::client::ClientRules;
+use crate::downstream::certificates::Certificates;
 use crate::limit::config::LimitConfig;
 use crate::route::{Route, Routes};
 use crate::rules::RuleSet;
@@ -20,7 +21,7 @@ mod routes;
 mod upstreams;
 
 pub use routes::{
-    ObjectRouteConfig, RedirectConfig, RespondConfig, RouteConfig, RpcRouteConfig, Scope,
+    ObjectRouteConfig, RedirectConfig, RespondConfig, RouteConfig, RpcRouteConfig, Scheme, Scope,
     ShardConfig, ShardHash,
 };
 pub use upstreams::{
@@ -33,6 +34,10 @@ pub use upstreams::{
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     pub listen: String,
+    /// Address that clients connect to with TLS. Empty: none.
+    pub tls_listen: String,
+    /// Whether clients may speak HTTP/2: by ALPN, and with prior knowledge.
+    pub http2: bool,
     pub admin_listen: String,
     /// The site this gateway is in; objects see it.
     pub colo: String,
@@ -58,6 +63,8 @@ pub struct Config {
     pub client: ClientConfig,
     /// Rate limits by name, for `limits` of routes.
     pub limits: BTreeMap<String, LimitConfig>,
+    /// For `tls_listen`: the one for the name that a client asks for, or else the first.
+    pub certificates: Vec<CertificateConfig>,
     /// What is not for objects by the public contract.
     pub routes: Vec<RouteConfig>,
 }
@@ -66,6 +73,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             listen: "127.0.0.1:8080".to_owned(),
+            tls_listen: String::new(),
+            http2: true,
             admin_listen: "127.0.0.1:8081".to_owned(),
             colo: "unknown".to_owned(),
             threads: 0,
@@ -80,6 +89,7 @@ impl Default for Config {
             objects: ObjectsConfig::default(),
             client: ClientConfig::default(),
             limits: BTreeMap::new(),
+            certificates: Vec::new(),
             routes: Vec::new(),
         }
     }
@@ -143,6 +153,15 @@ impl Default for RetryConfig {
     }
 }
 
+/// `[[certificates]]`: PEM files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CertificateConfig {
+    /// The certificate, then those that lead to its authority.
+    pub cert_file: String,
+    pub key_file: String,
+}
+
 /// `[client]`: who asks, when proxies stand before this gateway.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -153,6 +172,8 @@ pub struct ClientConfig {
     pub address_header: String,
     /// Where they say at which colo the request came in, as in `cf-ray`. Empty: nowhere.
     pub colo_header: String,
+    /// Connections begin with a PROXY header, and come from `trusted_proxies` only.
+    pub proxy_protocol: bool,
 }
 
 /// `[objects]`: the public contract for objects.
@@ -166,7 +187,14 @@ pub struct ObjectsConfig {
 }
 
 /// Keys that a running gateway reads again.
-const RELOADED: [&str; 5] = ["routes", "client", "limits", "objects", "upstreams"];
+const RELOADED: [&str; 6] = [
+    "certificates",
+    "routes",
+    "client",
+    "limits",
+    "objects",
+    "upstreams",
+];
 
 impl Config {
     /// What one field cannot check by itself.
@@ -196,6 +224,12 @@ impl Config {
             let checked = Upstream::check(upstream);
             checked.map_err(|broken| broken.under(name).under("upstreams"))?;
         }
+        let certificates = Certificates::new(&self.certificates);
+        certificates.map_err(|broken| broken.under("certificates"))?;
+        if !self.tls_listen.is_empty() && self.certificates.is_empty() {
+            let rule = "needs certificates";
+            return Err(Broken::value("tls_listen", &self.tls_listen, rule).into());
+        }
         ClientRules::new(&self.client).map_err(|broken| broken.under("client"))?;
         let routes = Routes::new(self)?;
         RuleSet::check(self, &routes)?;
@@ -213,6 +247,18 @@ impl Config {
     pub fn warnings(&self) -> Vec<String> {
         let routes = Routes::new(self).unwrap_or_default();
         routes.iter().filter_map(Route::warning).collect()
+    }
+
+    /// Files that the config names.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let mine = self.certificates.iter();
+        let mine = mine.flat_map(|one| [&one.cert_file, &one.key_file]);
+        let upstreams = self.upstreams.values().filter_map(|pool| pool.tls.as_ref());
+        let theirs = upstreams.flat_map(|tls| [&tls.ca_file, &tls.cert_file, &tls.key_file]);
+        let all = mine.chain(theirs);
+        all.filter(|file| !file.is_empty())
+            .map(PathBuf::from)
+            .collect()
     }
 
     /// Keys that differ from `before` and are only read when a gateway starts.
@@ -288,8 +334,6 @@ pub fn read(path: &Path) -> Result<Config, ConfigError> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
 
     fn file(name: &str) -> PathBuf {

@@ -1,6 +1,6 @@
 //! The stateless edge: any gateway can serve any request.
 //!
-//! One request through the files: [`server`] accepts the connection; pingora reads the head and calls
+//! One request through the files: [`downstream`] accepts the connection; pingora reads the head and calls
 //! [`proxy`], which makes a view of it ([`asked`]), asks [`route`] for the target and [`placement`] for
 //! its worker, adds the headers of `protocol`, and streams both bodies; keys and names come from
 //! [`template`]s; [`retry`] says what may be sent again when that fails;
@@ -9,6 +9,7 @@
 pub mod asked;
 pub mod client;
 pub mod config;
+pub mod downstream;
 pub mod limit;
 pub mod link;
 pub mod metrics;

@@ -45,6 +45,7 @@ pub struct Metrics {
     requests: DashMap<(RouteLabel, Code), Requests>,
     pub connections: Gauge,
     pub connections_total: Counter,
+    pub connections_refused: Counter,
     pub retries: Counter,
     pub not_owner: Counter,
     pub ring_version: Gauge,
@@ -84,6 +85,7 @@ impl Metrics {
                 requests: DashMap::new(),
                 connections: gauge!("gateway_connections"),
                 connections_total: counter!("gateway_connections_total"),
+                connections_refused: counter!("gateway_connections_refused_total"),
                 retries: counter!("gateway_retries_total"),
                 not_owner: counter!("gateway_not_owner_total"),
                 ring_version: gauge!("gateway_ring_version"),
@@ -115,6 +117,13 @@ impl Metrics {
             ejections: counter!("gateway_upstream_ejections_total", "upstream" => name.clone()),
             retries_refused: counter!("gateway_upstream_retries_refused_total", "upstream" => name),
         })
+    }
+
+    /// When a certificate that clients are shown ends.
+    pub fn certificate_expiry(&self, name: &str) -> Gauge {
+        let name = name.to_owned();
+        self.registry
+            .register(|| gauge!("gateway_certificate_expiry_timestamp_seconds", "name" => name))
     }
 
     /// How uneven the shards of a route are used.
@@ -192,6 +201,14 @@ fn describe() {
         "Requests of a route's busiest shard over the mean of its shards, since the routes were loaded"
     );
     describe_counter!("gateway_connections_total", "Client connections accepted");
+    describe_counter!(
+        "gateway_connections_refused_total",
+        "Client connections that ended before a request: PROXY header, TLS, silence"
+    );
+    describe_gauge!(
+        "gateway_certificate_expiry_timestamp_seconds",
+        "When a certificate that clients are shown ends, by its first name; seconds since 1970"
+    );
     describe_counter!(
         "gateway_retries_total",
         "Tries after the first, of requests of which nothing had run"

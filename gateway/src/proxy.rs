@@ -243,6 +243,7 @@ impl Proxy {
         Asked {
             method: &head.method,
             host: host(head),
+            secure: is_secure(session),
             path: head.uri.path(),
             query: head.uri.query(),
             headers: &head.headers,
@@ -820,6 +821,11 @@ fn host(head: &RequestHeader) -> Option<&str> {
     }
 }
 
+fn is_secure(session: &Session) -> bool {
+    let digest = session.digest();
+    digest.is_some_and(|digest| digest.ssl_digest.is_some())
+}
+
 /// The other end of the connection.
 fn peer_ip(session: &Session) -> Option<IpAddr> {
     let address = session.client_addr()?.as_inet()?;
@@ -839,7 +845,8 @@ fn forwarded(session: &Session, head: &mut RequestHeader) -> Result<()> {
     if let Some(host) = head.headers.get(HOST).cloned() {
         head.insert_header(FORWARDED_HOST, host)?;
     }
-    head.insert_header(FORWARDED_PROTO, "http")
+    let proto = if is_secure(session) { "https" } else { "http" };
+    head.insert_header(FORWARDED_PROTO, proto)
 }
 
 /// Receives and forgets a body that nobody wants, for a while. If the connection were closed under the

@@ -16,7 +16,7 @@ use ops::config::Broken;
 use protocol::{ClassName, Home, ObjectId, ObjectName, Problem};
 
 use crate::asked::{Asked, Params};
-use crate::config::{Config, RespondConfig, RouteConfig, Scope};
+use crate::config::{Config, RespondConfig, RouteConfig, Scheme, Scope};
 use crate::shard::Sharding;
 use crate::template::{Source, Template};
 use pattern::{HostPattern, PathPattern};
@@ -106,6 +106,7 @@ pub struct Route {
     /// Which upstream, if it is for an app.
     pub upstream: Option<String>,
     host: Option<HostPattern>,
+    scheme: Option<Scheme>,
     path: PathPattern,
     /// Empty: any.
     methods: Vec<Method>,
@@ -161,7 +162,10 @@ impl Routes {
                 let host = route.host.as_ref().map(HostPattern::rank);
                 Reverse((route.priority, host))
             };
-            let details = |route: &Route| Reverse((route.headers.len(), !route.methods.is_empty()));
+            let details = |route: &Route| {
+                let narrow = (route.scheme.is_some(), !route.methods.is_empty());
+                Reverse((route.headers.len(), narrow))
+            };
             rank(a)
                 .cmp(&rank(b))
                 .then_with(|| b.path.specificity(&a.path))
@@ -309,6 +313,7 @@ impl Route {
             label: config.name.as_str().into(),
             upstream: config.upstream.clone(),
             host: host.transpose()?,
+            scheme: config.scheme,
             methods: methods(config, &goal)?,
             headers: header_matches(config)?,
             priority: config.priority,
@@ -342,11 +347,15 @@ impl Route {
             None => true,
             Some(wanted) => host.is_some_and(|host| wanted.matches(host)),
         };
+        let right_scheme = match self.scheme {
+            None => true,
+            Some(scheme) => asked.secure == (scheme == Scheme::Https),
+        };
         let has = |(name, value): &(HeaderName, Option<HeaderValue>)| match value {
             None => asked.headers.contains_key(name),
             Some(value) => asked.headers.get_all(name).iter().any(|line| line == value),
         };
-        (right_host && self.headers.iter().all(has)).then_some(params)
+        (right_host && right_scheme && self.headers.iter().all(has)).then_some(params)
     }
 
     fn target(&self, index: usize, asked: &Asked<'_>) -> Result<Target, Problem> {

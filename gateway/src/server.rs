@@ -5,8 +5,7 @@
 
 use std::error::Error;
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
-use std::os::fd::AsRawFd;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -22,20 +21,18 @@ use ops::metrics::Registry;
 use ops::operator::Front;
 use ops::process::{self, Order, Signals};
 use ops::watch::Watch;
-use pingora_core::apps::{HttpServerApp, ServerApp};
-use pingora_core::protocols::l4::stream::Stream;
-use pingora_core::protocols::{GetSocketDigest, SocketDigest};
+use pingora_core::apps::HttpServerApp;
 use pingora_core::server::configuration::ServerConf;
 use pingora_proxy::HttpProxy;
 use protocol::RingVersion;
 use protocol::ring::RingDocument;
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::TcpStream;
+use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::config::{Args, Config};
+use crate::downstream::certificates::{Certificates, Resolver};
+use crate::downstream::{self, Doors, Unwrap, acceptor, listen};
 use crate::limit::shared::Link;
 use crate::link::Links;
 use crate::metrics::Metrics;
@@ -44,14 +41,8 @@ use crate::proxy::{Dynamic, Proxy, Shared};
 use crate::upstream::UpstreamError;
 use crate::upstream::tls::authorities_file;
 
-/// Connections that the kernel holds for us between two accepts.
-const BACKLOG: i32 = 4096;
-
 /// How long a starting gateway waits for its first ring before it says that it is ready.
 const SETTLE_MAX: Duration = Duration::from_secs(1);
-
-/// After an accept failed, most likely for want of descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why a gateway did not start.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +68,8 @@ pub enum RingFrom {
 /// A running gateway. Dropping it without [`shut_down`](Self::shut_down) leaves the threads running.
 pub struct Gateway {
     address: SocketAddr,
+    tls_address: Option<SocketAddr>,
+    certificates: Arc<ArcSwap<Certificates>>,
     shared: Arc<Shared>,
     link: Link,
     registry: Arc<Registry>,
@@ -111,17 +104,25 @@ impl Gateway {
             dynamic: ArcSwap::from_pointee(dynamic),
             metrics,
         });
-        let listeners =
-            listen(&config.listen, config.thread_count()).map_err(|source| StartError::Listen {
-                address: config.listen.clone(),
-                source,
-            })?;
-        let address = listeners[0]
-            .local_addr()
-            .map_err(|source| StartError::Listen {
-                address: config.listen.clone(),
-                source,
-            })?;
+        let certificates = Certificates::new(&config.certificates);
+        let certificates = certificates.map_err(|broken| broken.under("certificates"));
+        let certificates = Arc::new(ArcSwap::from_pointee(
+            certificates.map_err(ConfigError::from)?,
+        ));
+        let (listeners, address) = bind(&config.listen, config.thread_count())?;
+        let mut tls_listeners = Vec::new();
+        let mut tls_address = None;
+        if let Some(wanted) = non_empty(&config.tls_listen) {
+            let (bound, address) = bind(wanted, config.thread_count())?;
+            (tls_listeners, tls_address) = (bound, Some(address));
+        }
+        let resolver = Resolver(Arc::clone(&certificates));
+        let unwrap = Unwrap {
+            tls: tls_address.map(|_| acceptor(resolver, config.http2)),
+            http_2: config.http2,
+            proxy_protocol: config.client.proxy_protocol,
+        };
+        let mut tls_listeners = tls_listeners.into_iter();
         let for_objects = matches!(ring, RingFrom::Document(_)) || !config.nodes.is_empty();
         let keeper = match ring {
             RingFrom::Document(document) => {
@@ -145,6 +146,8 @@ impl Gateway {
         for (number, listener) in listeners.into_iter().enumerate() {
             let thread = Thread {
                 listener,
+                tls_listener: tls_listeners.next(),
+                unwrap: unwrap.clone(),
                 shared: Arc::clone(&shared),
                 conf: Arc::clone(&conf),
                 drain_max: config.drain_max,
@@ -159,6 +162,8 @@ impl Gateway {
         info!(%address, threads = threads.len(), "gateway started");
         Ok(Self {
             address,
+            tls_address,
+            certificates,
             shared,
             link,
             registry,
@@ -172,6 +177,11 @@ impl Gateway {
     /// Where clients connect.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where clients connect with TLS.
+    pub fn tls_address(&self) -> Option<SocketAddr> {
+        self.tls_address
     }
 
     pub fn registry(&self) -> &Arc<Registry> {
@@ -199,10 +209,14 @@ impl Gateway {
     pub async fn reload(&self, config: &Config) -> Result<(), StartError> {
         config.validate()?;
         warn_of(config);
+        let certificates = Certificates::new(&config.certificates);
+        let certificates = certificates.map_err(|broken| broken.under("certificates"));
+        let certificates = certificates.map_err(ConfigError::from)?;
         let before = self.shared.dynamic.load_full();
         let shared = &self.shared;
         let dynamic = Dynamic::new(config, Some(&before), &shared.metrics, &self.link).await?;
         self.shared.dynamic.store(Arc::new(dynamic));
+        self.certificates.store(Arc::new(certificates));
         Ok(())
     }
 
@@ -240,6 +254,12 @@ impl Gateway {
             .upstreams
             .values()
             .for_each(|upstream| upstream.measure());
+        for certificate in self.certificates.load().iter() {
+            let name = certificate.names.first().map_or("", String::as_str);
+            metrics
+                .certificate_expiry(name)
+                .set(certificate.expires as f64);
+        }
         for route in dynamic.routes.iter() {
             if let Some(skew) = route.skew() {
                 metrics.shard_skew(&route.label).set(skew);
@@ -263,6 +283,20 @@ impl Gateway {
     }
 }
 
+/// Sockets on one port, one per thread, and their address.
+fn bind(
+    address: &str,
+    threads: usize,
+) -> Result<(Vec<std::net::TcpListener>, SocketAddr), StartError> {
+    let failed = |source| StartError::Listen {
+        address: address.to_owned(),
+        source,
+    };
+    let listeners = listen(address, threads).map_err(failed)?;
+    let bound = listeners[0].local_addr().map_err(failed)?;
+    Ok((listeners, bound))
+}
+
 fn warn_of(config: &Config) {
     for warning in config.warnings() {
         warn!(warning, "the configuration is legal, but unusual");
@@ -281,38 +315,11 @@ fn server_conf(config: &Config) -> ServerConf {
     }
 }
 
-/// Sockets on one port, one per thread.
-fn listen(address: &str, threads: usize) -> io::Result<Vec<std::net::TcpListener>> {
-    let mut address = address
-        .to_socket_addrs()?
-        .next()
-        .ok_or_else(|| io::Error::other("the address resolves to nothing"))?;
-    if address.port() != 0 {
-        // SO_REUSEPORT would share the port with a stranger of the same user without a word.
-        drop(std::net::TcpListener::bind(address)?);
-    }
-    let mut listeners = Vec::with_capacity(threads);
-    for _ in 0..threads {
-        let socket = Socket::new(
-            Domain::for_address(address),
-            Type::STREAM,
-            Some(Protocol::TCP),
-        )?;
-        socket.set_reuse_address(true)?;
-        socket.set_reuse_port(true)?;
-        socket.set_nonblocking(true)?;
-        socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
-        let listener = std::net::TcpListener::from(socket);
-        address = listener.local_addr()?;
-        listeners.push(listener);
-    }
-    Ok(listeners)
-}
-
 /// One thread with everything it owns.
 struct Thread {
     listener: std::net::TcpListener,
+    tls_listener: Option<std::net::TcpListener>,
+    unwrap: Unwrap,
     shared: Arc<Shared>,
     conf: Arc<ServerConf>,
     drain_max: Duration,
@@ -329,7 +336,7 @@ impl Thread {
             .spawn(move || runtime.block_on(self.run()))
     }
 
-    async fn run(mut self) {
+    async fn run(self) {
         let requests = &self.shared.requests;
         let links = Links::new(
             self.shared.token.clone(),
@@ -340,38 +347,20 @@ impl Thread {
         let mut proxy = HttpProxy::new(proxy, Arc::clone(&self.conf));
         proxy.handle_init_modules();
         let proxy = Arc::new(proxy);
-        let listener = match tokio::net::TcpListener::from_std(self.listener) {
-            Ok(listener) => listener,
+        let tls = self.tls_listener.map(TcpListener::from_std).transpose();
+        let doors = TcpListener::from_std(self.listener).and_then(|plain| {
+            let tls = tls?;
+            Ok(Doors { plain, tls })
+        });
+        let doors = match doors {
+            Ok(doors) => doors,
             Err(error) => {
                 warn!(error = %Causes(&error), "the listener cannot be used");
                 return;
             }
         };
-        let told = self.stop.clone();
-        let mut connections = JoinSet::new();
-        // One line per bout of failures, not one per try.
-        let mut failing = false;
-        loop {
-            tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, peer)) => {
-                        failing = false;
-                        let served = connection(stream, peer, Arc::clone(&proxy), told.clone(), Arc::clone(&self.shared));
-                        connections.spawn(served);
-                    }
-                    Err(error) => {
-                        if !failing {
-                            warn!(error = %Causes(&error), "accept failed; trying on");
-                        }
-                        failing = true;
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
-                    }
-                },
-                Some(_) = connections.join_next() => {}
-                _ = self.stop.wait_for(|stop| *stop) => break,
-            }
-        }
-        drop(listener);
+        let mut connections =
+            downstream::serve(doors, &proxy, &self.shared, &self.unwrap, self.stop).await;
         // Connections that wait for a next request close; the others finish theirs.
         proxy.http_cleanup().await;
         let drained = tokio::time::timeout(self.drain_max, async {
@@ -383,42 +372,6 @@ impl Thread {
                 "drain took too long; connections are cut"
             );
         }
-    }
-}
-
-async fn connection(
-    stream: TcpStream,
-    peer: SocketAddr,
-    proxy: Arc<HttpProxy<Proxy>>,
-    stop: watch::Receiver<bool>,
-    shared: Arc<Shared>,
-) {
-    let _open = OpenConnection::count(&shared.metrics);
-    let digest = SocketDigest::from_raw_fd(stream.as_raw_fd());
-    // An empty cell takes its first value.
-    drop(digest.peer_addr.set(Some(peer.into())));
-    let mut stream = Stream::from(stream);
-    if let Err(error) = stream.set_nodelay() {
-        warn!(%error, "TCP_NODELAY");
-    }
-    stream.set_socket_digest(digest);
-    proxy.process_new(Box::new(stream), &stop).await;
-}
-
-/// Counts a connection while it is open, however it ends.
-struct OpenConnection<'a>(&'a Metrics);
-
-impl<'a> OpenConnection<'a> {
-    fn count(metrics: &'a Metrics) -> Self {
-        metrics.connections_total.increment(1);
-        metrics.connections.increment(1);
-        Self(metrics)
-    }
-}
-
-impl Drop for OpenConnection<'_> {
-    fn drop(&mut self) {
-        self.0.connections.decrement(1);
     }
 }
 
@@ -491,8 +444,11 @@ async fn serve(config: &Config, file: Option<PathBuf>) -> Result<(), Box<dyn Err
     let admin = tokio::spawn(admin::serve(admin_listener, token, pages));
     gateway.settle().await;
     process::print_line(&format!(
-        "ready http://{} admin http://{admin_address}",
-        gateway.address()
+        "ready http://{} admin http://{admin_address}{}",
+        gateway.address(),
+        gateway
+            .tls_address()
+            .map_or_else(String::new, |address| format!(" tls https://{address}"))
     ));
     Reloader::new(&gateway, file, config.watch_every)
         .until_stopped(&mut signals)
@@ -507,24 +463,26 @@ async fn serve(config: &Config, file: Option<PathBuf>) -> Result<(), Box<dyn Err
     Ok(())
 }
 
-/// Reads the config file again when it changes, or when somebody says so.
+/// Reads the config file again when it, or a file that it names, changes, or when somebody says so.
 pub struct Reloader<'a> {
     gateway: &'a Gateway,
     file: Option<PathBuf>,
     watch: Watch,
-    /// What the file said last.
-    known: Option<Config>,
+    /// What the file said when the gateway started.
+    begun: Config,
 }
 
 impl<'a> Reloader<'a> {
     /// `every` is how often the file is looked at; 0 is never.
     pub fn new(gateway: &'a Gateway, file: Option<PathBuf>, every: Duration) -> Self {
+        let begun = file
+            .as_deref()
+            .and_then(|file| crate::config::read(file).ok());
+        let begun = begun.unwrap_or_default();
         Self {
             gateway,
-            watch: Watch::new(file.iter().cloned().collect(), every),
-            known: file
-                .as_deref()
-                .and_then(|file| crate::config::read(file).ok()),
+            watch: Watch::new(watched(file.as_ref(), &begun), every),
+            begun,
             file,
         }
     }
@@ -555,14 +513,14 @@ impl<'a> Reloader<'a> {
         let error = match reloaded {
             Ok(config) => {
                 info!(file = %file.display(), "config reloaded");
-                let before = self.known.get_or_insert_with(Config::default);
-                let waiting = config.differences_that_wait(before);
+                let waiting = config.differences_that_wait(&self.begun);
                 if !waiting.is_empty() {
                     warn!(
                         keys = waiting.join(", "),
                         "these keys take effect at the next start"
                     );
                 }
+                self.watch.look_at(watched(Some(file), &config));
                 return;
             }
             Err(StartError::Config(error)) => StartError::Config(error.located(Some(file))),
@@ -570,4 +528,9 @@ impl<'a> Reloader<'a> {
         };
         warn!(error = %Causes(&error), "reload refused; nothing has changed");
     }
+}
+
+/// The config file, and the files that it names.
+fn watched(file: Option<&PathBuf>, config: &Config) -> Vec<PathBuf> {
+    file.cloned().into_iter().chain(config.files()).collect()
 }

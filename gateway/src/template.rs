@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `{colo}` | the site that the request came in at, `unknown` if that is not known |
 //! | `{client.ip}` | the address of the client |
-//! | `{host}`, `{method}` | the host without its port in lower case, the method |
+//! | `{scheme}`, `{host}`, `{method}` | `http` or `https`, the host without its port in lower case, the method |
 //! | `{path}`, `{query}` | the whole path and query as they came |
 //! | `{path.x}` | the parameter `x` of the route's path pattern, percent-decoded |
 //! | `{query.x}` | the first query parameter `x`, decoded like a form |
@@ -71,6 +71,7 @@ enum Part {
 pub enum Source {
     Colo,
     ClientIp,
+    Scheme,
     Host,
     Method,
     WholePath,
@@ -92,6 +93,7 @@ impl fmt::Display for Source {
         match self {
             Self::Colo => f.write_str("colo"),
             Self::ClientIp => f.write_str("client.ip"),
+            Self::Scheme => f.write_str("scheme"),
             Self::Host => f.write_str("host"),
             Self::Method => f.write_str("method"),
             Self::WholePath => f.write_str("path"),
@@ -265,6 +267,7 @@ impl Source {
         let whole = match name {
             "colo" => Some(Self::Colo),
             "client.ip" => Some(Self::ClientIp),
+            "scheme" => Some(Self::Scheme),
             "host" => Some(Self::Host),
             "method" => Some(Self::Method),
             "path" => Some(Self::WholePath),
@@ -298,7 +301,7 @@ impl Source {
             Some(("cookie", part)) => Ok(Self::Cookie(part.into())),
             Some(("jwt", part)) => Ok(Self::Jwt(part.into())),
             _ => Err(format!(
-                "{{{name}}} is not one of colo, client.ip, host, method, path, query, shard, path.X, \
+                "{{{name}}} is not one of colo, client.ip, scheme, host, method, path, query, shard, path.X, \
                  query.X, header.X, cookie.X, jwt.X"
             )),
         }
@@ -314,6 +317,7 @@ fn put(source: &Source, asked: &Asked<'_>, out: &mut String, encode: bool) -> Op
     match source {
         Source::Colo => out.push_str(asked.colo.as_str()),
         Source::ClientIp => write!(out, "{}", asked.client?).ok()?,
+        Source::Scheme => out.push_str(asked.scheme()),
         Source::Host => {
             let start = out.len();
             out.push_str(asked.host_name()?);

@@ -30,6 +30,14 @@ impl Watch {
         }
     }
 
+    /// Looks at these files instead. Changes count from now on, unless they are the same files.
+    pub fn look_at(&mut self, files: Vec<PathBuf>) {
+        if files != self.files {
+            self.known = look(&files);
+            self.files = files;
+        }
+    }
+
     /// Waits until a file changed and then stayed the same for one period: half of a file is not worth
     /// reading. Nothing is lost if this is dropped and called again.
     pub async fn changed(&mut self) {

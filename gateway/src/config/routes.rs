@@ -15,6 +15,9 @@ pub struct RouteConfig {
     /// Only requests for this host, without its port; `*.example.org` is any host below that one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
+    /// Only requests without TLS (`http`), or only those with it (`https`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scheme: Option<Scheme>,
     /// Only these methods. Empty: any, but for `rpc` only POST.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub methods: Vec<String>,
@@ -78,6 +81,14 @@ pub enum Scope {
     Global,
     /// One object per name and colo, on the nodes of the colo where the request came in.
     Colo,
+}
+
+/// Whether a request came in with TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scheme {
+    Http,
+    Https,
 }
 
 /// `redirect`: to another URL.

@@ -22,6 +22,7 @@ fn render(template: &Template) -> Result<String, String> {
     let asked = Asked {
         method: &Method::GET,
         host: Some("Example.org:8080"),
+        secure: true,
         path,
         query: Some(query),
         headers: &headers,
@@ -79,6 +80,7 @@ fn every_source_gives_its_value() {
     key("{client.ip}", Ok("2001:db8::1"));
     key("{host}", Ok("example.org"));
     key("{method}", Ok("GET"));
+    key("{scheme}", Ok("https"));
     key("{path}", Ok("/users/a%2Fb/x/y%20z"));
     key("{path.id}", Ok("a/b"));
     key("{path.rest}", Ok("x/y z"));

@@ -7,7 +7,9 @@ use gateway::config::{Config, ServerConfig};
 use gateway::server::RingFrom;
 use protocol::ring::{RingDocument, RingNode};
 
+use crate::downstream::{ask_h2, connect};
 use crate::support::{Front, Scripted, ring, runtime};
+use crate::upstream_tls::{Authority, serve_tls};
 
 fn dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/examples")
@@ -16,7 +18,9 @@ fn dir() -> PathBuf {
 /// The example on free ports, before `servers` in place of those that it names.
 fn example(name: &str, servers: &[Scripted]) -> Config {
     let mut config = gateway::config::read(&dir().join(name)).unwrap();
-    config.validate().unwrap();
+    if config.certificates.is_empty() {
+        config.validate().unwrap();
+    }
     assert_eq!(config.warnings(), [""; 0]);
     config.listen = "127.0.0.1:0".to_owned();
     config.nodes = Vec::new();
@@ -159,4 +163,32 @@ fn bench_proxy() {
     }
     let counts = [servers[0].count(), servers[1].count()];
     assert!(counts.iter().all(|count| *count > 20), "{counts:?}");
+}
+
+#[test]
+fn tls() {
+    let authority = Authority::new();
+    let runtime = runtime();
+    let server = Scripted::start(&runtime);
+    let mut config = example("tls.toml", &[server]);
+    config.tls_listen = "127.0.0.1:0".to_owned();
+    let (cert, key) = authority.files("www.example.org");
+    config.certificates[0].cert_file = cert.to_str().unwrap().to_owned();
+    config.certificates[0].key_file = key.to_str().unwrap().to_owned();
+    let pool = config.upstreams.get_mut("app").unwrap();
+    let address = serve_tls(&runtime, &authority, "app.internal");
+    pool.servers = vec![ServerConfig::Address(address.to_string())];
+    let ca = authority.file("ca.pem");
+    pool.tls.as_mut().unwrap().ca_file = ca.to_str().unwrap().to_owned();
+    let front = Front::start(runtime, &config, RingFrom::Nodes);
+    let answer = front.raw("GET /x HTTP/1.1\r\nhost: www.example.org\r\nconnection: close\r\n\r\n");
+    assert!(
+        answer.contains("ocation: https://www.example.org/x\r\n"),
+        "{answer}"
+    );
+    let answer = front.runtime.block_on(async {
+        let stream = connect(&front, &authority, "www.example.org", &["h2"]).await;
+        ask_h2(stream.unwrap(), "https://www.example.org/x", "").await
+    });
+    assert_eq!(answer, (200, "HTTP/2.0 /x".to_owned()));
 }

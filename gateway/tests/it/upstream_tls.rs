@@ -23,13 +23,14 @@ use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 use crate::support::{Front, config, runtime};
 
 /// An authority, and files with what it signed.
-struct Authority {
+pub(crate) struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     dir: tempfile::TempDir,
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
+        provider();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
@@ -38,8 +39,19 @@ impl Authority {
         Self { issuer, dir }
     }
 
-    fn file(&self, name: &str) -> PathBuf {
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// Files of a certificate and its key.
+    pub(crate) fn files(&self, name: &str) -> (PathBuf, PathBuf) {
+        self.sign(name);
+        let keep = |kind: &str| {
+            let mine = self.file(&format!("{}.{kind}", name.replace('*', "any")));
+            std::fs::rename(self.file(kind), &mine).unwrap();
+            mine
+        };
+        (keep("cert.pem"), keep("key.pem"))
     }
 
     fn sign(&self, name: &str) -> (CertificateDer<'static>, PrivateKeyDer<'static>) {
@@ -52,7 +64,7 @@ impl Authority {
         (certificate.der().clone(), private)
     }
 
-    fn roots(&self) -> Arc<RootCertStore> {
+    pub(crate) fn roots(&self) -> Arc<RootCertStore> {
         let mut roots = RootCertStore::empty();
         roots.add(self.issuer.der().clone()).unwrap();
         Arc::new(roots)
@@ -97,6 +109,12 @@ fn serve(runtime: &Runtime, tls: Option<ServerConfig>, plain: Spoken) -> SocketA
     address
 }
 
+/// A server of either version, with a certificate for this name.
+pub(crate) fn serve_tls(runtime: &Runtime, authority: &Authority, name: &str) -> SocketAddr {
+    let tls = server_config(authority, name, &["h2", "http/1.1"]);
+    serve(runtime, Some(tls), Spoken::One)
+}
+
 async fn answer<S>(stream: S, spoken: Spoken) -> hyper::Result<()>
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
@@ -117,7 +135,6 @@ where
 }
 
 fn server_config(authority: &Authority, name: &str, alpn: &[&str]) -> ServerConfig {
-    pingora_rustls_provider();
     let (certificate, key) = authority.sign(name);
     let mut config = ServerConfig::builder()
         .with_no_client_auth()
@@ -127,7 +144,7 @@ fn server_config(authority: &Authority, name: &str, alpn: &[&str]) -> ServerConf
     config
 }
 
-fn pingora_rustls_provider() {
+fn provider() {
     // Another test may have been first.
     drop(tokio_rustls::rustls::crypto::ring::default_provider().install_default());
 }
@@ -213,7 +230,6 @@ fn the_address_of_a_server_may_be_its_name() {
 fn a_certificate_is_shown_to_servers_that_want_one() {
     let authority = Authority::new();
     let runtime = runtime();
-    pingora_rustls_provider();
     let (certificate, key) = authority.sign("app.example.org");
     let verifier = WebPkiClientVerifier::builder(authority.roots())
         .build()
