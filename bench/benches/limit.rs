@@ -30,13 +30,11 @@ fn terms(algorithm: Algorithm) -> Terms {
     }
 }
 
-/// Keys as a template gives them.
-fn names() -> Vec<String> {
-    (0..KEYS).map(|key| format!("SFO:user-{key}")).collect()
-}
-
-fn hash(name: &str) -> u128 {
-    xxh3_128_with_seed(name.as_bytes(), 7)
+/// The hash of a key as a template gives it.
+fn hash(key: u64) -> u128 {
+    let mut name = *b"SFO:user-xxxxxxxx";
+    name[9..].copy_from_slice(&key.to_le_bytes());
+    xxh3_128_with_seed(&name, 7)
 }
 
 /// The same with a map that grows: for comparison only.
@@ -50,9 +48,8 @@ fn take_from_map<R: Rate>(
     rate.take(&mut state, 1, now)
 }
 
-/// Every kind of table over all keys, in a random order, with the hash and without the clock.
+/// Every kind of table over all keys, in a random order; with the hash, without the clock.
 fn decisions(criterion: &mut Criterion) {
-    let names = names();
     let mut random = SmallRng::seed_from_u64(1);
     let mut group = criterion.benchmark_group("limit/one_thread_1e6_keys");
     group.throughput(Throughput::Elements(1));
@@ -62,32 +59,32 @@ fn decisions(criterion: &mut Criterion) {
     let buckets = Table::new(gcra, keys_max);
     let windows = Table::new(sliding, keys_max);
     let map = DashMap::default();
-    for name in &names {
-        buckets.take(hash(name), 1, 0);
-        windows.take(hash(name), 1, 0);
-        take_from_map(&map, gcra, hash(name), 0);
+    for key in 0..KEYS {
+        buckets.take(hash(key), 1, 0);
+        windows.take(hash(key), 1, 0);
+        take_from_map(&map, gcra, hash(key), 0);
     }
     let mut now = 0;
     let mut next = move || {
         now += 1000;
-        (random.random_range(0..keys_max), now)
+        (random.random_range(0..KEYS), now)
     };
     group.bench_function("gcra", |bencher| {
         bencher.iter(|| {
-            let (at, now) = next();
-            black_box(buckets.take(hash(&names[at]), 1, now))
+            let (key, now) = next();
+            black_box(buckets.take(hash(key), 1, now))
         });
     });
     group.bench_function("sliding_window", |bencher| {
         bencher.iter(|| {
-            let (at, now) = next();
-            black_box(windows.take(hash(&names[at]), 1, now))
+            let (key, now) = next();
+            black_box(windows.take(hash(key), 1, now))
         });
     });
     group.bench_function("gcra_in_a_dashmap", |bencher| {
         bencher.iter(|| {
-            let (at, now) = next();
-            black_box(take_from_map(&map, gcra, hash(&names[at]), now))
+            let (key, now) = next();
+            black_box(take_from_map(&map, gcra, hash(key), now))
         });
     });
     group.finish();
@@ -116,14 +113,12 @@ fn contend(threads: u64, rounds: u64, decide: impl Fn(u64, u64) + Sync) -> Durat
 
 /// Eight threads on as many cores as there are: over all keys, and all on one.
 fn contended(criterion: &mut Criterion) {
-    let names = names();
     let gcra = Gcra::new(&terms(Algorithm::Gcra));
     let table = Table::new(gcra, usize::try_from(KEYS).expect("a million"));
     let map = DashMap::default();
-    let name = |key: u64| &names[usize::try_from(key).unwrap_or(0)];
-    for name in &names {
-        table.take(hash(name), 1, 0);
-        take_from_map(&map, gcra, hash(name), 0);
+    for key in 0..KEYS {
+        table.take(hash(key), 1, 0);
+        take_from_map(&map, gcra, hash(key), 0);
     }
     let mut group = criterion.benchmark_group("limit/contended");
     group.sample_size(10);
@@ -132,14 +127,14 @@ fn contended(criterion: &mut Criterion) {
         group.bench_function(format!("{threads}_threads_1e6_keys"), |bencher| {
             bencher.iter_custom(|rounds| {
                 contend(threads, rounds, |key, now| {
-                    black_box(table.take(hash(name(key)), 1, now));
+                    black_box(table.take(hash(key), 1, now));
                 })
             });
         });
         group.bench_function(format!("{threads}_threads_one_key"), |bencher| {
             bencher.iter_custom(|rounds| {
                 contend(threads, rounds, |_, now| {
-                    black_box(table.take(hash(name(0)), 1, now));
+                    black_box(table.take(hash(0), 1, now));
                 })
             });
         });
@@ -148,7 +143,7 @@ fn contended(criterion: &mut Criterion) {
             |bencher| {
                 bencher.iter_custom(|rounds| {
                     contend(threads, rounds, |key, now| {
-                        black_box(take_from_map(&map, gcra, hash(name(key)), now));
+                        black_box(take_from_map(&map, gcra, hash(key), now));
                     })
                 });
             },

@@ -10,12 +10,16 @@ use ops::config::{Broken, ConfigError, non_empty};
 use protocol::Colo;
 use serde::{Deserialize, Serialize};
 
+use crate::access::AccessConfig;
+use crate::auth::AuthConfig;
 use crate::client::ClientRules;
+use crate::cors::CorsConfig;
 use crate::downstream::certificates::Certificates;
 use crate::limit::config::LimitConfig;
 use crate::route::{Route, Routes};
 use crate::rules::RuleSet;
 use crate::upstream::Upstream;
+use crate::validate::ValidateConfig;
 
 mod routes;
 mod upstreams;
@@ -61,6 +65,8 @@ pub struct Config {
     pub upstreams: BTreeMap<String, UpstreamConfig>,
     pub objects: ObjectsConfig,
     pub client: ClientConfig,
+    /// Ways to know who asks, by name, for `auth` of routes.
+    pub auth: BTreeMap<String, AuthConfig>,
     /// Rate limits by name, for `limits` of routes.
     pub limits: BTreeMap<String, LimitConfig>,
     /// For `tls_listen`: the one for the name that a client asks for, or else the first.
@@ -88,6 +94,7 @@ impl Default for Config {
             upstreams: BTreeMap::new(),
             objects: ObjectsConfig::default(),
             client: ClientConfig::default(),
+            auth: BTreeMap::new(),
             limits: BTreeMap::new(),
             certificates: Vec::new(),
             routes: Vec::new(),
@@ -182,8 +189,15 @@ pub struct ClientConfig {
 pub struct ObjectsConfig {
     /// Classes of which each colo has objects of its own under `/objects` and `/rpc`.
     pub colo_scoped: Vec<String>,
-    /// Names of limits that requests under `/objects` and `/rpc` obey.
+    /// The following are as in routes.
+    pub access: AccessConfig,
+    pub auth: Vec<String>,
+    pub validate: ValidateConfig,
     pub limits: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub creations: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cors: Option<CorsConfig>,
 }
 
 /// Keys that a running gateway reads again.
@@ -370,14 +384,21 @@ mod tests {
         let text = std::fs::read_to_string(file("gateway.toml")).unwrap();
         let source = concat!(
             include_str!("config/routes.rs"),
-            include_str!("limit/config.rs")
+            include_str!("limit/config.rs"),
+            include_str!("access.rs"),
+            include_str!("auth.rs"),
+            include_str!("auth/api_key.rs"),
+            include_str!("auth/jwt.rs"),
+            include_str!("auth/signed_url.rs"),
+            include_str!("cors.rs"),
+            include_str!("validate.rs"),
         );
         for key in source
             .lines()
             .filter_map(|line| line.trim().strip_prefix("pub "))
         {
             if let Some((key, _)) = key.split_once(':')
-                && !key.starts_with("fn ")
+                && !key.contains(' ')
             {
                 let key = key.trim_start_matches("r#");
                 assert!(text.contains(key), "gateway.toml does not mention {key}");

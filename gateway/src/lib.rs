@@ -6,9 +6,12 @@
 //! [`template`]s; [`retry`] says what may be sent again when that fails;
 //! [`metrics`] counts it. A gateway keeps nothing that a restart could lose.
 
+pub mod access;
 pub mod asked;
+pub mod auth;
 pub mod client;
 pub mod config;
+pub mod cors;
 pub mod downstream;
 pub mod limit;
 pub mod link;
@@ -23,3 +26,4 @@ pub mod server;
 pub mod shard;
 pub mod template;
 pub mod upstream;
+pub mod validate;

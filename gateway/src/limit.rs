@@ -284,6 +284,13 @@ impl Guard {
         Ok(keys)
     }
 
+    /// Gives back what [`admit`](Self::admit) took, soon after it did.
+    pub fn refund(&self, keys: &Keys) {
+        for (used, key) in self.0.iter().zip(keys.0) {
+            used.limit.give_back(key, used.limit.now());
+        }
+    }
+
     /// Asks all limits. If any refuses, what the others took is given back; but not what a limit of scope
     /// `exact` took before another of that scope refused.
     ///

@@ -30,6 +30,7 @@ use tracing::debug;
 use crate::asked::{Asked, Params};
 use crate::client::ClientRules;
 use crate::config::{Config, RequestsConfig, RetryConfig};
+use crate::cors::{self, Grant};
 use crate::limit::shared::Link;
 use crate::link::Links;
 use crate::metrics::{Code, Metrics, RouteLabel};
@@ -37,7 +38,7 @@ use crate::placement::{Owner, Placement};
 use crate::refusal::Refusal;
 use crate::retry::{self, Failure};
 use crate::route::{Ask, Fixed, Found, ObjectTarget, Route, Routes, Target};
-use crate::rules::{Admission, RuleSet};
+use crate::rules::{Admission, Creation, RuleSet};
 use crate::server::StartError;
 use crate::upstream::server::Outcome;
 use crate::upstream::{Choice, Upstream};
@@ -94,6 +95,18 @@ impl Dynamic {
             upstreams,
         })
     }
+
+    /// The answer to a browser that asks whether it may send a request; `None` if the route says nothing of
+    /// that, or this is no such question.
+    fn preflight(&self, asked: &Asked<'_>) -> Option<Arc<Fixed>> {
+        let method = cors::preflight(asked.method, asked.headers)?;
+        let asked = Asked {
+            method: &method,
+            ..*asked
+        };
+        let found = self.routes.find(&asked).ok()?;
+        self.rules.of(found).preflight(asked.headers)
+    }
 }
 
 /// Shared by all threads of a gateway.
@@ -118,6 +131,13 @@ pub struct Request {
     aim: Option<Aim>,
     /// Rules that it keeps, as far as known before it waited for anything.
     admission: Option<Admission>,
+    /// What browsers are told.
+    grant: Grant,
+    creation: Creation,
+    /// The body, if it was needed whole.
+    held: Option<Vec<u8>>,
+    /// Of its route, if that has one.
+    body_bytes_max: Option<u64>,
     label: RouteLabel,
     /// Where it came in.
     colo: Colo,
@@ -125,6 +145,19 @@ pub struct Request {
     failure: Option<Failure>,
     refused: Option<ErrorCode>,
     body_bytes: u64,
+}
+
+impl Request {
+    /// The object has answered, and whether it is a new one is known.
+    fn settle_creation(&mut self, created: bool) {
+        if let Creation::Charged = self.creation
+            && !created
+            && let Some(admission) = &self.admission
+        {
+            admission.refund_creation();
+        }
+        self.creation = Creation::Free;
+    }
 }
 
 /// Where the request goes; for apps, resolved when the request was routed.
@@ -179,6 +212,9 @@ impl Proxy {
         }
         let dynamic = self.0.dynamic.load();
         let mut asked = self.asked(session, &dynamic);
+        if let Some(answer) = dynamic.preflight(&asked) {
+            return Ok(Aim::Here(Answer::Fixed(answer)));
+        }
         let found = dynamic.routes.find(&asked)?;
         let label = match found {
             Found::Objects => RouteLabel::Contract("objects"),
@@ -190,7 +226,13 @@ impl Proxy {
         };
         request.label = label;
         request.colo = asked.colo;
-        request.admission = dynamic.rules.of(found).check(&asked)?;
+        let rules = dynamic.rules.of(found);
+        request.grant = rules.grant(asked.headers);
+        request.admission = rules.check(&asked, announced)?;
+        if let Some(admission) = &request.admission {
+            asked.claims = admission.claims();
+            request.body_bytes_max = admission.body_bytes_max();
+        }
         match dynamic
             .routes
             .target(found, &asked, || rand::rng().random())?
@@ -294,7 +336,10 @@ impl Proxy {
             false => Problem::outcome_unknown(detail),
         };
         match error.etype() {
-            kind if *kind == BODY_TOO_LARGE => self.too_large(),
+            kind if *kind == BODY_TOO_LARGE => match request.body_bytes_max {
+                Some(max) => crate::validate::too_large(max),
+                None => self.too_large(),
+            },
             kind if *kind == NOT_OWNER => {
                 unavailable("the shard of this object is moving between workers".to_owned())
             }
@@ -380,6 +425,10 @@ impl ProxyHttp for Proxy {
             },
             aim: None,
             admission: None,
+            grant: Grant::new(),
+            creation: Creation::Free,
+            held: None,
+            body_bytes_max: None,
             label: RouteLabel::Contract("none"),
             colo: self.0.colo,
             tries: 0,
@@ -401,16 +450,15 @@ impl ProxyHttp for Proxy {
             request.trace = given.child(request.trace.span);
         }
         let mut aim = self.route(session, request);
-        if aim.is_ok()
-            && let Some(admission) = &request.admission
-            && let Err(refusal) = admission.admit().await
+        if let Ok(found) = &aim
+            && let Err(refusal) = admit(session, request, found).await
         {
             aim = Err(refusal);
         }
         match aim {
             Ok(Aim::Here(answer)) => {
                 receive_rest(session).await;
-                answer.send(session).await?;
+                answer.send(session, &request.grant).await?;
                 Ok(true)
             }
             Ok(aim) => {
@@ -433,7 +481,8 @@ impl ProxyHttp for Proxy {
         request: &mut Request,
     ) -> Result<()> {
         request.body_bytes += body.as_ref().map_or(0, |bytes| bytes.len() as u64);
-        if request.body_bytes > self.0.requests.body_bytes_max {
+        let max = self.0.requests.body_bytes_max;
+        if request.body_bytes > request.body_bytes_max.map_or(max, |own| own.min(max)) {
             return Err(Error::new(BODY_TOO_LARGE));
         }
         Ok(())
@@ -515,6 +564,15 @@ impl ProxyHttp for Proxy {
         }
     }
 
+    async fn response_filter(
+        &self,
+        _session: &mut Session,
+        response: &mut ResponseHeader,
+        request: &mut Request,
+    ) -> Result<()> {
+        tell_browser(response, &request.grant)
+    }
+
     async fn upstream_response_filter(
         &self,
         session: &mut Session,
@@ -539,7 +597,9 @@ impl ProxyHttp for Proxy {
             }
             return Ok(());
         }
+        let created = response.remove_header(&headers::NEW_OBJECT).is_some();
         let Some(code) = response.headers.get(headers::ERROR) else {
+            request.settle_creation(created);
             return Ok(());
         };
         let code: Option<ErrorCode> = code.to_str().ok().and_then(|code| code.parse().ok());
@@ -552,6 +612,7 @@ impl ProxyHttp for Proxy {
             // A matter between gateway and worker: no credentials of the client could help.
             return Err(Error::new(TOKEN_REFUSED));
         }
+        request.settle_creation(created);
         request.refused = code;
         Ok(())
     }
@@ -678,6 +739,15 @@ impl Proxy {
         if let Some(token) = &self.0.token {
             head.insert_header(headers::TOKEN, token.clone())?;
         }
+        match request.creation {
+            Creation::Free => {}
+            Creation::Charged => {
+                head.insert_header(headers::NEW_OBJECT, headers::NEW_OBJECT_TELL)?
+            }
+            Creation::Forbidden => {
+                head.insert_header(headers::NEW_OBJECT, headers::NEW_OBJECT_REFUSE)?;
+            }
+        }
         let path = match &target.ask {
             Ask::Fetch { path_and_query } => path_and_query.as_str(),
             Ask::Call { method } => {
@@ -740,7 +810,7 @@ fn uri(path_and_query: &str) -> Result<Uri> {
 }
 
 impl Answer {
-    async fn send(self, session: &mut Session) -> Result<()> {
+    async fn send(self, session: &mut Session, grant: &Grant) -> Result<()> {
         let (status, body) = match &self {
             Self::Fixed(fixed) => (fixed.status, fixed.body.clone()),
             Self::Redirect { status, .. } => (*status, Bytes::new()),
@@ -758,6 +828,7 @@ impl Answer {
             }
             Self::Redirect { location, .. } => head.insert_header(LOCATION, location)?,
         }
+        tell_browser(&mut head, grant)?;
         let bodiless = session.req_header().method == Method::HEAD
             || body.is_empty()
             || status == StatusCode::NO_CONTENT
@@ -862,6 +933,61 @@ async fn receive_rest(session: &mut Session) {
     drop(tokio::time::timeout(REST_TIME_MAX, receive).await);
 }
 
+/// Replaces what an app says to browsers by what the route does, if it does.
+fn tell_browser(response: &mut ResponseHeader, grant: &Grant) -> Result<()> {
+    if grant.is_empty() {
+        return Ok(());
+    }
+    for name in cors::HEADERS {
+        response.remove_header(&name);
+    }
+    for (name, value) in grant {
+        response.append_header(name, value)?;
+    }
+    Ok(())
+}
+
+/// Whatever of the rules may have to wait: for an object, or for the client's body.
+async fn admit(session: &mut Session, request: &mut Request, aim: &Aim) -> Result<(), Refusal> {
+    let Some(admission) = &request.admission else {
+        return Ok(());
+    };
+    admission.admit().await?;
+    if admission.needs_body() {
+        let max = admission.body_bytes_max().unwrap_or(0);
+        let body = hold_body(session, max).await?;
+        admission.check_body(&session.req_header().headers, &body)?;
+        request.held = Some(body);
+    }
+    if let Aim::Object { target, .. } = aim
+        && target.ask != Ask::Create
+    {
+        request.creation = admission.charge_creation().await;
+    }
+    Ok(())
+}
+
+/// Receives the body, and leaves it where pingora will find it. At most `max` bytes, which is at most what
+/// pingora holds.
+async fn hold_body(session: &mut Session, max: u64) -> Result<Vec<u8>, Problem> {
+    let broken = |error: Box<Error>| Problem::bad_request(format!("the body broke off: {error}"));
+    if session.req_header().headers.contains_key(EXPECT) {
+        let told = session.downstream_session.write_continue_response().await;
+        told.map_err(broken)?;
+        session.req_header_mut().remove_header(&EXPECT);
+    }
+    let downstream = &mut session.downstream_session;
+    downstream.enable_retry_buffering();
+    let mut body = Vec::new();
+    while let Some(bytes) = downstream.read_request_body().await.map_err(broken)? {
+        body.extend_from_slice(&bytes);
+        if body.len() as u64 > max {
+            return Err(crate::validate::too_large(max));
+        }
+    }
+    Ok(body)
+}
+
 /// Answers with a problem document, or what else belongs to the refusal.
 async fn refuse(session: &mut Session, request: &mut Request, refusal: &Refusal) -> Result<()> {
     let problem = &refusal.problem;
@@ -878,6 +1004,7 @@ async fn refuse(session: &mut Session, request: &mut Request, refusal: &Refusal)
     if let Some(allow) = &problem.allow {
         head.insert_header(ALLOW, allow.as_ref())?;
     }
+    tell_browser(&mut head, &request.grant)?;
     let bodiless = session.req_header().method == Method::HEAD;
     session
         .write_response_header(Box::new(head), bodiless)

@@ -35,6 +35,11 @@ pub const CREATE: HeaderName = HeaderName::from_static("dormouse-create");
 pub const OPERATOR: HeaderName = HeaderName::from_static("dormouse-operator");
 /// Present on what a gateway asks for itself: without it there are no internal classes.
 pub const INTERNAL: HeaderName = HeaderName::from_static("dormouse-internal");
+/// What a gateway asks about the making of a new object: [`NEW_OBJECT_TELL`] that there is one now, which the
+/// answer does by this header too, or [`NEW_OBJECT_REFUSE`] to make one.
+pub const NEW_OBJECT: HeaderName = HeaderName::from_static("dormouse-new-object");
+pub const NEW_OBJECT_TELL: &str = "tell";
+pub const NEW_OBJECT_REFUSE: &str = "refuse";
 /// The cluster's shared secret. Workers never show it to class code.
 pub const TOKEN: HeaderName = HeaderName::from_static("dormouse-token");
 /// On refusals: the [`ErrorCode`](crate::ErrorCode). Only the system sets it.
@@ -84,7 +89,7 @@ mod tests {
     fn every_header_has_the_prefix_that_gateways_remove() {
         for header in [
             CLASS, OBJECT, NAME, SHARD, EPOCH, COLO, REQUEST, METHOD, CREATE, OPERATOR, INTERNAL,
-            TOKEN, ERROR,
+            NEW_OBJECT, TOKEN, ERROR,
         ] {
             assert!(header.as_str().starts_with(PREFIX));
         }

@@ -93,9 +93,27 @@ impl Server {
         if request.headers().contains_key(headers::CREATE) {
             return Ok(created(&address));
         }
-        let Some(method) = request.headers_mut().remove(headers::METHOD) else {
-            return self.fetch(&address, request).await;
+        let watched = match request.headers_mut().remove(headers::NEW_OBJECT) {
+            None => false,
+            Some(wish) => self.may_be_new(&address, &wish)?,
         };
+        let mut response = match request.headers_mut().remove(headers::METHOD) {
+            None => self.fetch(&address, request).await,
+            Some(method) => self.read_call(&address, &method, request).await,
+        }?;
+        if watched && self.exists(&address)? {
+            let yes = HeaderValue::from_static("1");
+            response.headers_mut().insert(headers::NEW_OBJECT, yes);
+        }
+        Ok(response)
+    }
+
+    async fn read_call(
+        &self,
+        address: &Address,
+        method: &HeaderValue,
+        request: Request<Body>,
+    ) -> Result<Response<Body>, Problem> {
         let method = method
             .to_str()
             .map_err(|error| bad_header(&headers::METHOD, &error))?;
@@ -107,7 +125,7 @@ impl Server {
                 remote: false,
                 ..error.problem()
             })?;
-        self.call(&address, method, &body).await
+        self.call(address, method, &body).await
     }
 
     async fn answer_linked(
@@ -130,6 +148,28 @@ impl Server {
                 self.fetch(&address, request).await
             }
         }
+    }
+
+    /// Whether the object is new if it exists when the request is done.
+    fn may_be_new(&self, address: &Address, wish: &HeaderValue) -> Result<bool, Problem> {
+        if self.exists(address)? {
+            return Ok(false);
+        }
+        if wish == headers::NEW_OBJECT_REFUSE {
+            return Err(Problem::new(
+                ErrorCode::RateLimited,
+                "the object does not exist, and the limit of new ones is used up",
+            ));
+        }
+        Ok(true)
+    }
+
+    /// Whether the object has a database.
+    fn exists(&self, address: &Address) -> Result<bool, Problem> {
+        let engine = &self.operator.engine;
+        engine
+            .exists(address.id, address.shard)
+            .map_err(|error| Problem::new(ErrorCode::Internal, error.to_string()))
     }
 
     pub(crate) fn check_token(&self, given: &[u8]) -> bool {

@@ -143,3 +143,52 @@ fn a_node_that_restarts_remembers_what_was_taken() {
     total += passed(&gateway, 80);
     assert_eq!(total, 20, "after 40 were taken");
 }
+
+#[test]
+fn a_client_makes_no_more_new_objects_than_its_quota() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Process::start(&mut node(dir.path(), "2"));
+    let config = dir.path().join("quota.toml");
+    let text = "objects.creations = 'new-per-client'
+         [limits.new-per-client]
+         key = '{client.ip}'
+         limit = 10
+         period = '3600s'";
+    std::fs::write(&config, text).unwrap();
+    let gateway = start(&node, &config, "SFO");
+    let agent = agent();
+    let call = |object: &str, method: &str| {
+        let url = format!("{}/rpc/Counter/{object}/{method}", gateway.url);
+        request(&agent, "POST", &url, "").unwrap().0
+    };
+    // To look at what is not there makes nothing.
+    assert!((0..50).all(|n| call(&format!("nobody-{n}"), "value") == 200));
+    let makes = |client: usize| {
+        (0..50)
+            .filter(|n| call(&format!("{client}-{n}"), "increment") == 200)
+            .count()
+    };
+    let made: usize = thread::scope(|scope| {
+        let clients: Vec<_> = (0..4)
+            .map(|client| scope.spawn(move || makes(client)))
+            .collect();
+        clients
+            .into_iter()
+            .map(|client| client.join().unwrap())
+            .sum()
+    });
+    assert_eq!(made, 10, "of 200 names");
+    // Those go on.
+    let first = (0..4).flat_map(|client| (0..50).map(move |n| format!("{client}-{n}")));
+    let alive = first.filter(|name| call(name, "increment") == 200).count();
+    assert_eq!(alive, 10);
+    let (_, listed) = request(
+        &agent,
+        "GET",
+        &format!("{}/objects?class=Counter&limit=1000", gateway.admin),
+        "",
+    )
+    .unwrap();
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed["objects"].as_array().unwrap().len(), 10);
+}

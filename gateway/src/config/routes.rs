@@ -4,6 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::access::AccessConfig;
+use crate::cors::CorsConfig;
+use crate::validate::ValidateConfig;
+
 /// One route. Exactly one of `upstream`, `object`, `rpc`, `redirect` and `respond` says where to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -44,9 +48,24 @@ pub struct RouteConfig {
     /// Computes `{shard}` for templates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shard: Option<ShardConfig>,
+    /// Which addresses it is for.
+    #[serde(default)]
+    pub access: AccessConfig,
+    /// Names of ways to know who asks; any one does. Empty: open to all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub auth: Vec<String>,
+    /// What requests must look like.
+    #[serde(default)]
+    pub validate: ValidateConfig,
     /// Names of limits that its requests obey, all at once.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub limits: Vec<String>,
+    /// The name of a limit of new objects.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub creations: Option<String>,
+    /// Which pages of other origins may use it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cors: Option<CorsConfig>,
 }
 
 /// `object`: the `fetch` of an object.

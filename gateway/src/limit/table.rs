@@ -22,6 +22,9 @@ const WAYS: usize = 16;
 /// Places for ten keys of `keys_max`, so that hardly ever a set is full while the table is not.
 const PLACES_FOR_TEN: usize = 29;
 
+/// Sets that get their memory together: a page of them.
+const CHUNK: usize = 16;
+
 /// Parts of the table with a lock each.
 const SHARDS: usize = 64;
 
@@ -40,14 +43,21 @@ pub struct Table<R: Rate> {
 #[repr(align(128))]
 struct Shard<S>(Mutex<Sets<S>>);
 
-/// Flat lists of zeros at first, which the system gives memory only where they are written.
 struct Sets<S> {
-    /// `WAYS` per set: the hashes of those who have a place.
-    tags: Vec<u64>,
-    states: Vec<S>,
-    /// One per set: what nobody in it gets more than.
+    /// [`CHUNK`] sets each, once one of them is used.
+    chunks: Vec<Option<Box<[Set<S>; CHUNK]>>>,
+    /// One per set: nobody gets more than this leaves. Zeros, which take memory only where they are written.
     floors: Vec<S>,
     used: usize,
+}
+
+/// On cache lines and a page of its own.
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+struct Set<S> {
+    /// The hashes of those who have a place.
+    tags: [u64; WAYS],
+    states: [S; WAYS],
 }
 
 impl<R: Rate> Table<R> {
@@ -56,8 +66,7 @@ impl<R: Rate> Table<R> {
         let sets = (keys_max.max(1) * PLACES_FOR_TEN).div_ceil(10 * WAYS * SHARDS);
         let shard = || {
             Shard(Mutex::new(Sets {
-                tags: vec![NOBODY; sets * WAYS],
-                states: vec![R::State::default(); sets * WAYS],
+                chunks: (0..sets.div_ceil(CHUNK)).map(|_| None).collect(),
                 floors: vec![R::State::default(); sets],
                 used: 0,
             }))
@@ -74,8 +83,8 @@ impl<R: Rate> Table<R> {
     /// cache misses.
     pub fn take(&self, key: u128, cost: u32, now: u64) -> Decision {
         let (mut sets, set, tag) = self.find(key);
-        if let Some(place) = sets.place(set, tag) {
-            return self.rate.take(&mut sets.states[place], cost, now);
+        if let Some(state) = sets.state(set, tag) {
+            return self.rate.take(state, cost, now);
         }
         let mut state = sets.floors[set];
         let decision = self.rate.take(&mut state, cost, now);
@@ -89,8 +98,8 @@ impl<R: Rate> Table<R> {
     /// Gives back what was taken at `taken`. If the key has lost its place since, it is gone.
     pub fn give_back(&self, key: u128, cost: u32, taken: u64) {
         let (mut sets, set, tag) = self.find(key);
-        if let Some(place) = sets.place(set, tag) {
-            self.rate.give_back(&mut sets.states[place], cost, taken);
+        if let Some(state) = sets.state(set, tag) {
+            self.rate.give_back(state, cost, taken);
         }
     }
 
@@ -118,37 +127,45 @@ impl<R: Rate> Table<R> {
 
     /// Gives a newcomer a place: an empty one, else one that counts no more, else the least used.
     fn settle(&self, sets: &mut Sets<R::State>, set: usize, tag: u64, state: R::State, now: u64) {
-        let places = set * WAYS..(set + 1) * WAYS;
-        let weight = |place: &usize| match sets.tags[*place] {
+        let Sets {
+            chunks,
+            floors,
+            used,
+        } = sets;
+        let chunk = chunks[set / CHUNK]
+            .get_or_insert_with(|| Box::new([Set::<R::State>::default(); CHUNK]));
+        let places = &mut chunk[set % CHUNK];
+        let weight = |place: &usize| match places.tags[*place] {
             NOBODY => (false, 0),
-            _ => (true, self.rate.recovers_in(&sets.states[*place], now)),
+            _ => (true, self.rate.recovers_in(&places.states[*place], now)),
         };
-        let Some(place) = places.min_by_key(weight) else {
+        let Some(place) = (0..WAYS).min_by_key(weight) else {
             return;
         };
         match weight(&place) {
-            (false, _) => sets.used += 1,
+            (false, _) => *used += 1,
             (true, 0) => {}
             (true, _) => {
-                let leaving = sets.states[place];
-                self.rate.merge(&mut sets.floors[set], &leaving, now);
+                let leaving = places.states[place];
+                self.rate.merge(&mut floors[set], &leaving, now);
                 self.evictions.fetch_add(1, Ordering::Relaxed);
             }
         }
-        sets.tags[place] = tag;
-        sets.states[place] = state;
+        places.tags[place] = tag;
+        places.states[place] = state;
     }
 }
 
 impl<S> Sets<S> {
-    fn place(&self, set: usize, tag: u64) -> Option<usize> {
-        let first = set * WAYS;
-        let tags = self.tags[first..first + WAYS].as_array::<WAYS>()?;
+    /// What is known of a key.
+    fn state(&mut self, set: usize, tag: u64) -> Option<&mut S> {
+        let set = &mut self.chunks[set / CHUNK].as_mut()?[set % CHUNK];
         // Without a branch per place, the compiler compares several at once.
-        let hits = tags.iter().enumerate().fold(0u32, |hits, (at, known)| {
+        let tags = set.tags.iter().enumerate();
+        let hits = tags.fold(0u32, |hits, (at, known)| {
             hits | u32::from(*known == tag) << at
         });
-        (hits != 0).then(|| first + hits.trailing_zeros() as usize)
+        set.states.get_mut(hits.trailing_zeros() as usize)
     }
 }
 

@@ -7,10 +7,12 @@ use pingora_core::{Error, ErrorType, OrErr, Result};
 use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
 
-use super::{Aim, Proxy, Request, refuse};
+use super::{Aim, Proxy, Request, refuse, tell_browser};
+use crate::cors::Grant;
 use crate::link::forward::{Errand, Forwarded, body_bytes, forward};
 use crate::link::{Exchange, Head};
 use crate::route::Ask;
+use crate::rules::Creation;
 
 impl Proxy {
     /// Answers a request for an object over a link, if it may go that way. `false`: it goes by HTTP/1.1.
@@ -22,13 +24,19 @@ impl Proxy {
         let Some(Aim::Object { target, .. }) = &request.aim else {
             return Ok(false);
         };
+        if !matches!(request.creation, Creation::Free) {
+            // Links have no words for that.
+            return Ok(false);
+        }
         let empty = session.downstream_session.is_body_empty();
         let bytes = body_bytes(&session.req_header().headers, empty);
         let Some(bytes) = bytes.filter(|_| self.0.requests.links) else {
             return Ok(false);
         };
         let mut body = BytesMut::new();
-        if bytes > 0 {
+        if let Some(held) = &request.held {
+            body.extend_from_slice(held);
+        } else if bytes > 0 {
             // If there is no link after all, pingora sends it from there.
             session.downstream_session.enable_retry_buffering();
             let reading = &mut session.downstream_session;
@@ -82,7 +90,7 @@ impl Proxy {
                 refused,
             } => {
                 request.refused = refused;
-                pass_answer(session, &head, exchange).await?;
+                pass_answer(session, &head, exchange, &request.grant).await?;
                 Ok(true)
             }
         }
@@ -90,7 +98,12 @@ impl Proxy {
 }
 
 /// Passes the answer of an object to the client.
-async fn pass_answer(session: &mut Session, head: &Head, mut exchange: Exchange) -> Result<()> {
+async fn pass_answer(
+    session: &mut Session,
+    head: &Head,
+    mut exchange: Exchange,
+    grant: &Grant,
+) -> Result<()> {
     let senseless = |_| Error::explain(ErrorType::InvalidHTTPHeader, "a response of a worker");
     let response = head.read().map_err(senseless)?;
     let mut made = ResponseHeader::build(response.status, None)?;
@@ -108,6 +121,7 @@ async fn pass_answer(session: &mut Session, head: &Head, mut exchange: Exchange)
     } else if !bodiless && !made.headers.contains_key(CONTENT_LENGTH) {
         made.insert_header(TRANSFER_ENCODING, "chunked")?;
     }
+    tell_browser(&mut made, grant)?;
     session.write_response_header(Box::new(made), empty).await?;
     if empty {
         return Ok(());

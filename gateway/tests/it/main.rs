@@ -5,6 +5,7 @@
 mod apps;
 mod downstream;
 mod examples;
+mod guards;
 mod limits;
 mod link;
 mod objects;

@@ -146,7 +146,7 @@ fn server_config(authority: &Authority, name: &str, alpn: &[&str]) -> ServerConf
 
 fn provider() {
     // Another test may have been first.
-    drop(tokio_rustls::rustls::crypto::ring::default_provider().install_default());
+    drop(rustls::crypto::ring::default_provider().install_default());
 }
 
 fn front(runtime: Runtime, address: SocketAddr, settings: &str) -> Front {
