@@ -67,6 +67,7 @@ pub struct Config {
     pub client: ClientConfig,
     /// Ways to know who asks, by name, for `auth` of routes.
     pub auth: BTreeMap<String, AuthConfig>,
+    pub access_log: AccessLogConfig,
     /// Rate limits by name, for `limits` of routes.
     pub limits: BTreeMap<String, LimitConfig>,
     /// For `tls_listen`: the one for the name that a client asks for, or else the first.
@@ -95,6 +96,7 @@ impl Default for Config {
             objects: ObjectsConfig::default(),
             client: ClientConfig::default(),
             auth: BTreeMap::new(),
+            access_log: AccessLogConfig::default(),
             limits: BTreeMap::new(),
             certificates: Vec::new(),
             routes: Vec::new(),
@@ -169,6 +171,25 @@ pub struct CertificateConfig {
     pub key_file: String,
 }
 
+/// `[access_log]`: a line of JSON per request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AccessLogConfig {
+    /// Lines are appended to it; it is opened again when the config is. Empty: no log.
+    pub file: String,
+    /// Part of the requests that are written; those answered 500 and above all are.
+    pub sample: f64,
+}
+
+impl Default for AccessLogConfig {
+    fn default() -> Self {
+        Self {
+            file: String::new(),
+            sample: 1.0,
+        }
+    }
+}
+
 /// `[client]`: who asks, when proxies stand before this gateway.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -201,7 +222,9 @@ pub struct ObjectsConfig {
 }
 
 /// Keys that a running gateway reads again.
-const RELOADED: [&str; 6] = [
+const RELOADED: [&str; 8] = [
+    "access_log",
+    "auth",
     "certificates",
     "routes",
     "client",
@@ -243,6 +266,10 @@ impl Config {
         if !self.tls_listen.is_empty() && self.certificates.is_empty() {
             let rule = "needs certificates";
             return Err(Broken::value("tls_listen", &self.tls_listen, rule).into());
+        }
+        if !(0.0..=1.0).contains(&self.access_log.sample) {
+            let broken = Broken::value("sample", self.access_log.sample, "must be from 0 to 1");
+            return Err(broken.under("access_log").into());
         }
         ClientRules::new(&self.client).map_err(|broken| broken.under("client"))?;
         let routes = Routes::new(self)?;

@@ -4,9 +4,10 @@
 //! [`proxy`], which makes a view of it ([`asked`]), asks [`route`] for the target and [`placement`] for
 //! its worker, adds the headers of `protocol`, and streams both bodies; keys and names come from
 //! [`template`]s; [`retry`] says what may be sent again when that fails;
-//! [`metrics`] counts it. A gateway keeps nothing that a restart could lose.
+//! [`metrics`] counts it, [`access_log`] writes it down. A gateway keeps nothing that a restart could lose.
 
 pub mod access;
+pub mod access_log;
 pub mod asked;
 pub mod auth;
 pub mod client;

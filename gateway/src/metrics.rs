@@ -47,6 +47,7 @@ pub struct Metrics {
     pub connections_total: Counter,
     pub connections_refused: Counter,
     pub retries: Counter,
+    pub access_log_dropped: Counter,
     pub not_owner: Counter,
     pub ring_version: Gauge,
 }
@@ -87,6 +88,7 @@ impl Metrics {
                 connections_total: counter!("gateway_connections_total"),
                 connections_refused: counter!("gateway_connections_refused_total"),
                 retries: counter!("gateway_retries_total"),
+                access_log_dropped: counter!("gateway_access_log_dropped_total"),
                 not_owner: counter!("gateway_not_owner_total"),
                 ring_version: gauge!("gateway_ring_version"),
             }
@@ -212,6 +214,10 @@ fn describe() {
     describe_counter!(
         "gateway_retries_total",
         "Tries after the first, of requests of which nothing had run"
+    );
+    describe_counter!(
+        "gateway_access_log_dropped_total",
+        "Lines of the access log that were dropped because too many waited for the disk"
     );
     describe_counter!(
         "gateway_not_owner_total",

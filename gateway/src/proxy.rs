@@ -12,10 +12,13 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::{
-    ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, LOCATION, SET_COOKIE, UPGRADE,
+    ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, LOCATION, REFERRER_POLICY,
+    SET_COOKIE, STRICT_TRANSPORT_SECURITY, UPGRADE, USER_AGENT, X_CONTENT_TYPE_OPTIONS,
+    X_FRAME_OPTIONS,
 };
 use http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
 use ops::config::ConfigError;
+use pingora_core::modules::http::compression::ResponseCompression;
 use pingora_core::protocols::ALPN;
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, OrErr, Result};
@@ -27,6 +30,7 @@ use rand::Rng;
 use tokio::time::Instant;
 use tracing::debug;
 
+use crate::access_log::{self, AccessLog, Line};
 use crate::asked::{Asked, Params};
 use crate::client::ClientRules;
 use crate::config::{Config, RequestsConfig, RetryConfig};
@@ -37,7 +41,7 @@ use crate::metrics::{Code, Metrics, RouteLabel};
 use crate::placement::{Owner, Placement};
 use crate::refusal::Refusal;
 use crate::retry::{self, Failure};
-use crate::route::{Ask, Fixed, Found, ObjectTarget, Route, Routes, Target};
+use crate::route::{Ask, Finish, Fixed, Found, ObjectTarget, Route, Routes, Target};
 use crate::rules::{Admission, Creation, RuleSet};
 use crate::server::StartError;
 use crate::upstream::server::Outcome;
@@ -46,6 +50,9 @@ use crate::upstream::{Choice, Upstream};
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+/// Of gzip, brotli and zstd alike: most of what there is to gain, at a bearable cost.
+const COMPRESSION_LEVEL: u32 = 5;
 
 /// How long an unwanted body is received for.
 const REST_TIME_MAX: Duration = Duration::from_secs(10);
@@ -60,6 +67,7 @@ const BAD_STATUS: ErrorType = ErrorType::Custom("bad_status");
 pub struct Dynamic {
     pub routes: Routes,
     pub client: ClientRules,
+    pub access_log: Option<AccessLog>,
     pub upstreams: HashMap<String, Arc<Upstream>>,
     /// The upstream of each route that has one, by the route's index.
     of_route: Vec<Option<Arc<Upstream>>>,
@@ -90,6 +98,7 @@ impl Dynamic {
         Ok(Self {
             rules: rules.map_err(ConfigError::from)?,
             of_route: routes.iter().map(upstream).collect(),
+            access_log: AccessLog::open(&config.access_log, metrics.access_log_dropped.clone())?,
             routes,
             client,
             upstreams,
@@ -141,6 +150,7 @@ pub struct Request {
     label: RouteLabel,
     /// Where it came in.
     colo: Colo,
+    finish: Finish,
     tries: u32,
     failure: Option<Failure>,
     refused: Option<ErrorCode>,
@@ -220,8 +230,10 @@ impl Proxy {
             Found::Objects => RouteLabel::Contract("objects"),
             Found::Rpc => RouteLabel::Contract("rpc"),
             Found::Route { index, params } => {
+                let route = dynamic.routes.get(index);
                 asked.params = params;
-                RouteLabel::Config(Arc::clone(&dynamic.routes.get(index).label))
+                request.finish = route.finish;
+                RouteLabel::Config(Arc::clone(&route.label))
             }
         };
         request.label = label;
@@ -431,6 +443,7 @@ impl ProxyHttp for Proxy {
             body_bytes_max: None,
             label: RouteLabel::Contract("none"),
             colo: self.0.colo,
+            finish: Finish::default(),
             tries: 0,
             failure: None,
             refused: None,
@@ -458,10 +471,13 @@ impl ProxyHttp for Proxy {
         match aim {
             Ok(Aim::Here(answer)) => {
                 receive_rest(session).await;
-                answer.send(session, &request.grant).await?;
+                answer.send(session, request).await?;
                 Ok(true)
             }
             Ok(aim) => {
+                if request.finish.compress && matches!(aim, Aim::App(_)) {
+                    compress(session);
+                }
                 request.aim = Some(aim);
                 self.answer_linked(session, request).await
             }
@@ -520,7 +536,8 @@ impl ProxyHttp for Proxy {
                 if let Some(choice) = app.choice.take() {
                     app.tried.push(choice.picked.server.address);
                 }
-                let asked = self.asked(session, &self.0.dynamic.load());
+                let mut asked = self.asked(session, &self.0.dynamic.load());
+                asked.claims = request.admission.as_ref().and_then(Admission::claims);
                 let choice = app.upstream.pick(&asked, &app.tried);
                 let mut peer = choice.picked.server.peer.clone();
                 app.choice = Some(choice);
@@ -591,6 +608,9 @@ impl ProxyHttp for Proxy {
             {
                 request.failure = Some(Failure::Status);
                 return Err(Error::new_up(BAD_STATUS));
+            }
+            if request.finish.security_headers {
+                secure_headers(response, is_secure(session))?;
             }
             if let Some(cookie) = app.choice.as_ref().and_then(|c| c.set_cookie.as_ref()) {
                 response.append_header(SET_COOKIE, cookie)?;
@@ -715,6 +735,53 @@ impl ProxyHttp for Proxy {
         };
         self.0.metrics.request(&request.label, code, took);
         log(session, error, request, code, took);
+        let dynamic = self.0.dynamic.load();
+        let status = session
+            .response_written()
+            .map_or(0, |head| head.status.as_u16());
+        if let Some(log) = &dynamic.access_log
+            && log.wants(status)
+        {
+            self.write_down(log, &self.asked(session, &dynamic), session, request, took);
+        }
+    }
+}
+
+impl Proxy {
+    fn write_down(
+        &self,
+        log: &AccessLog,
+        asked: &Asked<'_>,
+        session: &Session,
+        request: &Request,
+        took: Duration,
+    ) {
+        log.write(&Line {
+            time: access_log::now(),
+            request: &request.id,
+            trace: format!("{:032x}", request.trace.trace),
+            client: asked.client,
+            method: asked.method.as_str(),
+            scheme: asked.scheme(),
+            host: asked.host,
+            path: asked.path,
+            route: request.label.as_str(),
+            status: session
+                .response_written()
+                .map_or(0, |head| head.status.as_u16()),
+            refused: request.refused.map(ErrorCode::name),
+            server: match &request.aim {
+                Some(Aim::App(app)) => app
+                    .choice
+                    .as_ref()
+                    .map(|choice| choice.picked.server.address),
+                _ => None,
+            },
+            tries: request.tries,
+            sent_bytes: session.body_bytes_sent(),
+            took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+            agent: asked.header_value(&USER_AGENT),
+        });
     }
 }
 
@@ -810,7 +877,7 @@ fn uri(path_and_query: &str) -> Result<Uri> {
 }
 
 impl Answer {
-    async fn send(self, session: &mut Session, grant: &Grant) -> Result<()> {
+    async fn send(self, session: &mut Session, request: &Request) -> Result<()> {
         let (status, body) = match &self {
             Self::Fixed(fixed) => (fixed.status, fixed.body.clone()),
             Self::Redirect { status, .. } => (*status, Bytes::new()),
@@ -828,7 +895,10 @@ impl Answer {
             }
             Self::Redirect { location, .. } => head.insert_header(LOCATION, location)?,
         }
-        tell_browser(&mut head, grant)?;
+        tell_browser(&mut head, &request.grant)?;
+        if request.finish.security_headers {
+            secure_headers(&mut head, is_secure(session))?;
+        }
         let bodiless = session.req_header().method == Method::HEAD
             || body.is_empty()
             || status == StatusCode::NO_CONTENT
@@ -890,6 +960,33 @@ fn host(head: &RequestHeader) -> Option<&str> {
         Some(host) => host.to_str().ok(),
         None => Some(head.uri.authority()?.as_str()),
     }
+}
+
+/// Lets pingora compress the answer, if client and content suit.
+fn compress(session: &mut Session) {
+    // The module looked at the head when it was still off; it is shown again.
+    let head = session.req_header().clone();
+    let modules = &mut session.downstream_modules_ctx;
+    if let Some(compression) = modules.get_mut::<ResponseCompression>() {
+        compression.adjust_level(COMPRESSION_LEVEL);
+        compression.request_filter(&head);
+    }
+}
+
+/// What browsers should be told unless the app says otherwise (OWASP secure headers).
+fn secure_headers(head: &mut ResponseHeader, secure: bool) -> Result<()> {
+    let strict = (STRICT_TRANSPORT_SECURITY, "max-age=31536000");
+    let always = [
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (X_FRAME_OPTIONS, "SAMEORIGIN"),
+        (REFERRER_POLICY, "strict-origin-when-cross-origin"),
+    ];
+    for (name, value) in always.into_iter().chain(secure.then_some(strict)) {
+        if !head.headers.contains_key(&name) {
+            head.insert_header(name, value)?;
+        }
+    }
+    Ok(())
 }
 
 fn is_secure(session: &Session) -> bool {

@@ -116,6 +116,15 @@ pub struct Route {
     goal: Goal,
     rewrite: Option<Template>,
     sharding: Option<Sharding>,
+    /// What is done to answers.
+    pub finish: Finish,
+}
+
+/// What a route does to answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Finish {
+    pub compress: bool,
+    pub security_headers: bool,
 }
 
 #[derive(Debug)]
@@ -319,6 +328,10 @@ impl Route {
             priority: config.priority,
             goal,
             rewrite: rewrite.transpose()?,
+            finish: Finish {
+                compress: config.compress,
+                security_headers: config.security_headers,
+            },
             sharding,
             path,
         })

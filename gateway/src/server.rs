@@ -30,6 +30,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use crate::access_log::OpenError;
 use crate::config::{Args, Config};
 use crate::downstream::certificates::{Certificates, Resolver};
 use crate::downstream::{self, Doors, Unwrap, acceptor, listen};
@@ -51,6 +52,8 @@ pub enum StartError {
     Config(#[from] ConfigError),
     #[error(transparent)]
     Upstream(#[from] UpstreamError),
+    #[error(transparent)]
+    AccessLog(#[from] OpenError),
     #[error("the gateway cannot listen on {address}")]
     Listen { address: String, source: io::Error },
     #[error("start a thread")]
@@ -279,6 +282,9 @@ impl Gateway {
             if let Err(panic) = thread.join() {
                 std::panic::resume_unwind(panic);
             }
+        }
+        if let Some(log) = &self.shared.dynamic.load().access_log {
+            log.flush();
         }
     }
 }

@@ -45,6 +45,12 @@ pub struct RouteConfig {
     /// A template: the path that the upstream or object sees. The query is kept unless it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rewrite: Option<String>,
+    /// Whether answers of apps are compressed for clients that accept it (gzip, brotli, zstd).
+    #[serde(default)]
+    pub compress: bool,
+    /// Whether answers, but for those of objects, get the usual headers against attacks in browsers.
+    #[serde(default)]
+    pub security_headers: bool,
     /// Computes `{shard}` for templates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shard: Option<ShardConfig>,
