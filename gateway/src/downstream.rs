@@ -1,6 +1,7 @@
 //! Connections of clients: accepted, unwrapped, and given to pingora.
 
 pub mod certificates;
+mod coalesce;
 mod preface;
 mod prior;
 
@@ -26,6 +27,7 @@ use tracing::{debug, warn};
 use crate::metrics::Metrics;
 use crate::proxy::{Proxy, Shared};
 use certificates::Resolver;
+use coalesce::Coalesced;
 use preface::{PrefaceError, is_http_2, take_proxy_header};
 use prior::PriorKnowledge;
 
@@ -228,10 +230,10 @@ impl Connection {
             Some(acceptor) => {
                 let secured = tokio::time::timeout(HANDSHAKE_MAX, handshake(&acceptor, stream));
                 let secured = secured.await.map_err(|_| BeginError::Slow)?;
-                Box::new(secured.map_err(BeginError::Tls)?)
+                Box::new(Coalesced::new(Box::new(secured.map_err(BeginError::Tls)?)))
             }
             None if http_2 => Box::new(PriorKnowledge(stream)),
-            None => Box::new(stream),
+            None => Box::new(Coalesced::new(Box::new(stream))),
         })
     }
 }
