@@ -14,6 +14,7 @@ pub mod client;
 pub mod config;
 pub mod cors;
 pub mod downstream;
+pub mod hot;
 pub mod limit;
 pub mod link;
 pub mod metrics;

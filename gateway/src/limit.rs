@@ -18,6 +18,7 @@ use http::{HeaderName, HeaderValue};
 use ops::config::Broken;
 use protocol::rate::{Algorithm, Decision, Gcra, NEVER, SlidingWindow};
 use protocol::{ErrorCode, Problem, rate};
+use serde::Serialize;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
@@ -25,9 +26,13 @@ use self::config::{LimitConfig, Mode, Scope, WhenUnreachable};
 use self::shared::Shared;
 use self::table::Table;
 use crate::asked::Asked;
+use crate::hot::{Hot, HotKey};
 use crate::metrics::{LimitMetrics, Metrics};
 use crate::refusal::Refusal;
 use crate::template::Template;
+
+/// Of so many requests, the keys of one are counted for operators.
+pub(crate) const SAMPLE: u64 = 8;
 
 /// Most limits that one request obeys.
 pub const LIMITS_MAX: usize = 8;
@@ -50,6 +55,9 @@ struct Limit {
     /// Value of `RateLimit-Policy`.
     policy: HeaderValue,
     metrics: LimitMetrics,
+    /// Keys that came, one of [`SAMPLE`] counted, and keys that were refused.
+    came: Hot,
+    refused: Hot,
 }
 
 /// Who knows how much of a key was taken.
@@ -57,6 +65,13 @@ enum Keeper {
     Bucket(Table<Gcra>),
     Window(Table<SlidingWindow>),
     Shared(Shared),
+}
+
+/// Keys of one limit as operators see them.
+#[derive(Debug, Serialize)]
+pub struct HotLimit {
+    rate: Vec<HotKey>,
+    refusals: Vec<HotKey>,
 }
 
 /// What one limit says of one request.
@@ -151,6 +166,18 @@ impl Limits {
         Guard(uses.collect())
     }
 
+    /// What comes and what is refused most, by limit.
+    pub fn hot(&self) -> BTreeMap<&str, HotLimit> {
+        let hot = self.0.values().map(|limit| {
+            let hot = HotLimit {
+                rate: limit.came.top(),
+                refusals: limit.refused.top(),
+            };
+            (&*limit.name, hot)
+        });
+        hot.collect()
+    }
+
     /// Publishes what is not counted request by request.
     pub fn publish(&self) {
         for limit in self.0.values() {
@@ -188,6 +215,8 @@ impl Limit {
             begun: Instant::now(),
             policy: HeaderValue::from_str(&policy).expect("names of limits are visible ASCII"),
             metrics: metrics.limit(name),
+            came: Hot::default(),
+            refused: Hot::default(),
         }
     }
 
@@ -240,6 +269,21 @@ impl Limit {
     }
 }
 
+/// Whether this request is one of those that are counted: by chance, or clients that take turns would be
+/// seen wrong.
+pub(crate) fn is_sampled() -> bool {
+    thread_local! {
+        static STATE: Cell<u64> = const { Cell::new(1) };
+    }
+    // Knuth's linear congruential generator; its upper bits are good enough for this.
+    let next = STATE
+        .get()
+        .wrapping_mul(6_364_136_223_846_793_005)
+        .wrapping_add(1_442_695_040_888_963_407);
+    STATE.set(next);
+    (next >> 32).is_multiple_of(SAMPLE)
+}
+
 /// Whole seconds, rounded up.
 fn seconds(duration: Duration) -> u64 {
     duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
@@ -254,39 +298,53 @@ struct Use {
     key: Template,
 }
 
-/// The keys of one request, hashed, in the order of its guard.
-pub struct Keys([u128; LIMITS_MAX]);
+/// The keys of one request, in the order of its guard.
+pub struct Keys {
+    hashes: [u128; LIMITS_MAX],
+    /// One after the other, and where each ends.
+    texts: String,
+    ends: [usize; LIMITS_MAX],
+}
+
+impl Keys {
+    fn text(&self, number: usize) -> &str {
+        let start = match number {
+            0 => 0,
+            _ => self.ends[number - 1],
+        };
+        &self.texts[start..self.ends[number]]
+    }
+}
 
 impl Guard {
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Hashes the keys of a request. Does not allocate.
+    /// Makes and hashes the keys of a request.
     ///
     /// # Errors
     /// `bad_request` if a key needs a value that the request lacks.
     pub fn keys(&self, asked: &Asked<'_>) -> Result<Keys, Refusal> {
-        thread_local! {
-            /// Kept for its memory.
-            static KEY: Cell<String> = const { Cell::new(String::new()) };
-        }
-        let mut key = KEY.take();
-        let mut keys = Keys([0; LIMITS_MAX]);
-        for (used, hash) in self.0.iter().zip(&mut keys.0) {
-            key.clear();
-            used.key.render(asked, &mut key).map_err(|lacking| {
+        let mut keys = Keys {
+            hashes: [0; LIMITS_MAX],
+            texts: String::new(),
+            ends: [0; LIMITS_MAX],
+        };
+        for (number, used) in self.0.iter().enumerate() {
+            let start = keys.texts.len();
+            used.key.render(asked, &mut keys.texts).map_err(|lacking| {
                 Problem::bad_request(format!("{lacking}: limit {:?} needs it", used.limit.name))
             })?;
-            *hash = used.limit.hash(&key);
+            keys.ends[number] = keys.texts.len();
+            keys.hashes[number] = used.limit.hash(&keys.texts[start..]);
         }
-        KEY.set(key);
         Ok(keys)
     }
 
     /// Gives back what [`admit`](Self::admit) took, soon after it did.
     pub fn refund(&self, keys: &Keys) {
-        for (used, key) in self.0.iter().zip(keys.0) {
+        for (used, key) in self.0.iter().zip(keys.hashes) {
             used.limit.give_back(key, used.limit.now());
         }
     }
@@ -300,8 +358,12 @@ impl Guard {
         let mut taken = [None; LIMITS_MAX];
         let mut worst: Option<(u64, &Limit)> = None;
         let mut unreachable = None;
-        for ((used, key), taken) in self.0.iter().zip(keys.0).zip(&mut taken) {
-            let limit = &*used.limit;
+        let sampled = is_sampled();
+        for (number, used) in self.0.iter().enumerate() {
+            let (limit, key) = (&*used.limit, keys.hashes[number]);
+            if sampled {
+                limit.came.count(keys.text(number), SAMPLE);
+            }
             if matches!(limit.keeper, Keeper::Shared(_)) && worst.is_some() {
                 // It would be taken in vain.
                 continue;
@@ -311,11 +373,15 @@ impl Guard {
             match limit.take(key, now).await {
                 Outcome::Passed => {
                     limit.metrics.passed.increment(1);
-                    *taken = Some(now);
+                    taken[number] = Some(now);
                 }
-                Outcome::Refused { .. } if !enforced => limit.metrics.shadow_refused.increment(1),
+                Outcome::Refused { .. } if !enforced => {
+                    limit.metrics.shadow_refused.increment(1);
+                    limit.refused.count(keys.text(number), 1);
+                }
                 Outcome::Refused { wait } => {
                     limit.metrics.refused.increment(1);
+                    limit.refused.count(keys.text(number), 1);
                     if worst.is_none_or(|(longest, _)| wait > longest) {
                         worst = Some((wait, limit));
                     }
@@ -331,7 +397,7 @@ impl Guard {
         if worst.is_none() && unreachable.is_none() {
             return Ok(());
         }
-        for ((used, key), taken) in self.0.iter().zip(keys.0).zip(taken) {
+        for ((used, key), taken) in self.0.iter().zip(keys.hashes).zip(taken) {
             if let Some(taken) = taken {
                 used.limit.give_back(key, taken);
             }

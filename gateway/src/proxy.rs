@@ -35,6 +35,8 @@ use crate::asked::{Asked, Params};
 use crate::client::ClientRules;
 use crate::config::{Config, RequestsConfig, RetryConfig};
 use crate::cors::{self, Grant};
+use crate::hot::Hot;
+use crate::limit;
 use crate::limit::shared::Link;
 use crate::link::Links;
 use crate::metrics::{Code, Metrics, RouteLabel};
@@ -127,6 +129,8 @@ pub struct Shared {
     pub placement: Arc<Placement>,
     pub dynamic: ArcSwap<Dynamic>,
     pub metrics: Metrics,
+    /// Objects that requests go to, by class and name; one of some requests is counted.
+    pub hot_objects: Hot,
 }
 
 /// The proxy of one thread.
@@ -287,6 +291,19 @@ impl Proxy {
                 Ok(Aim::Here(Answer::Redirect { status, location }))
             }
             Target::Respond(fixed) => Ok(Aim::Here(Answer::Fixed(fixed))),
+        }
+    }
+
+    /// Counts some of the requests for objects, for operators.
+    fn sample(&self, aim: &Aim) {
+        if let Aim::Object { target, .. } = aim
+            && limit::is_sampled()
+        {
+            let key = match &target.name {
+                Some(name) => format!("{}/{name}", target.class),
+                None => format!("{}/id:{}", target.class, target.id),
+            };
+            self.0.hot_objects.count(&key, limit::SAMPLE);
         }
     }
 
@@ -478,6 +495,7 @@ impl ProxyHttp for Proxy {
                 if request.finish.compress && matches!(aim, Aim::App(_)) {
                     compress(session);
                 }
+                self.sample(&aim);
                 request.aim = Some(aim);
                 self.answer_linked(session, request).await
             }

@@ -3,6 +3,7 @@
 //! In this order: who asks, what it looks like, how often it comes. Nothing of it needs an object or an app,
 //! so what is refused here never reaches one.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use http::HeaderMap;
@@ -16,7 +17,7 @@ use crate::auth::{Auth, Claims, Ways};
 use crate::config::Config;
 use crate::cors::{Cors, CorsConfig, Grant};
 use crate::limit::shared::Link;
-use crate::limit::{Guard, Keys, Limits};
+use crate::limit::{Guard, HotLimit, Keys, Limits};
 use crate::metrics::Metrics;
 use crate::refusal::Refusal;
 use crate::route::{Fixed, Found, Routes};
@@ -131,6 +132,11 @@ impl RuleSet {
             Found::Objects | Found::Rpc => &self.contract,
             Found::Route { index, .. } => &self.routes[index],
         }
+    }
+
+    /// What comes and what is refused most, by limit.
+    pub fn hot(&self) -> BTreeMap<&str, HotLimit> {
+        self.limits.hot()
     }
 
     /// Publishes what is not counted request by request.

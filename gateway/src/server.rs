@@ -34,6 +34,7 @@ use crate::access_log::OpenError;
 use crate::config::{Args, Config};
 use crate::downstream::certificates::{Certificates, Resolver};
 use crate::downstream::{self, Doors, Unwrap, acceptor, listen};
+use crate::hot::Hot;
 use crate::limit::shared::Link;
 use crate::link::Links;
 use crate::metrics::Metrics;
@@ -106,6 +107,7 @@ impl Gateway {
             placement: Arc::clone(&link.placement),
             dynamic: ArcSwap::from_pointee(dynamic),
             metrics,
+            hot_objects: Hot::default(),
         });
         let certificates = Certificates::new(&config.certificates);
         let certificates = certificates.map_err(|broken| broken.under("certificates"));
@@ -398,12 +400,20 @@ impl Admin for GatewayAdmin {
     }
 
     fn page(&self, _method: &http::Method, path: &str) -> Option<Page> {
-        (path == "/ring").then(|| match self.gateway.shared.placement.document() {
-            Some(document) => admin::json(&document),
-            None => admin::refusal(&protocol::Problem::unavailable(
-                "no node has told this gateway its ring yet",
-            )),
-        })
+        let shared = &self.gateway.shared;
+        match path {
+            "/ring" => Some(match shared.placement.document() {
+                Some(document) => admin::json(&document),
+                None => admin::refusal(&protocol::Problem::unavailable(
+                    "no node has told this gateway its ring yet",
+                )),
+            }),
+            "/hot" => Some(admin::json(&serde_json::json!({
+                "objects": shared.hot_objects.top(),
+                "limits": shared.dynamic.load().rules.hot(),
+            }))),
+            _ => None,
+        }
     }
 
     fn front(&self) -> Option<Front> {

@@ -193,7 +193,11 @@ fn one_trace_spans_client_gateway_and_worker() {
 #[test]
 fn metrics_of_both_tiers_count_what_happened() {
     let dir = tempfile::tempdir().unwrap();
-    let process = Process::dev(dir.path());
+    // A limit, for the dashboards that draw it.
+    let config = dir.path().join("gateway.toml");
+    let limit = "[limits.all]\nkey = '{client.ip}'\nlimit = 1000\nperiod = '1s'\neverywhere = true";
+    std::fs::write(&config, limit).unwrap();
+    let process = Process::start(dev(dir.path()).arg("--config").arg(&config));
     for _ in 0..5 {
         call(&process.url, "Counter/a/increment", &json!([]));
     }

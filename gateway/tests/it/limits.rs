@@ -281,3 +281,42 @@ fn a_limiter_that_cannot_be_asked_is_the_configs_choice() {
         4.0,
     );
 }
+
+#[test]
+fn operators_see_who_comes_and_who_is_refused_most() {
+    let (front, _) = front(CLASSIC);
+    for n in 0..400 {
+        let user = if n % 4 == 0 {
+            "bob".to_owned()
+        } else if n % 4 == 1 {
+            format!("u{n}")
+        } else {
+            "ada".to_owned()
+        };
+        front.get(&format!("/?userId={user}"));
+    }
+    let handle = front.gateway.registry().handle();
+    let admin = gateway::server::GatewayAdmin {
+        gateway: std::sync::Arc::clone(&front.gateway),
+        metrics: handle,
+    };
+    let page = ops::admin::Admin::page(&admin, &http::Method::GET, "/hot").unwrap();
+    let body = front
+        .runtime
+        .block_on(http_body_util::BodyExt::collect(page.into_body()))
+        .unwrap()
+        .to_bytes();
+    let hot: serde_json::Value = serde_json::from_slice(&body).unwrap();
+    let first = |list: &serde_json::Value| list[0]["key"].as_str().unwrap().to_owned();
+    let limit = &hot["limits"]["per-user"];
+    assert_eq!(first(&limit["rate"]), "SFO:ada", "{hot}");
+    assert_eq!(first(&limit["refusals"]), "SFO:ada", "{hot}");
+    let refusals: Vec<&str> = limit["refusals"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|key| key["key"].as_str().unwrap())
+        .collect();
+    assert_eq!(refusals, ["SFO:ada", "SFO:bob"], "nobody else was refused");
+    assert!(hot["objects"].is_array());
+}
