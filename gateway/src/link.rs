@@ -14,6 +14,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
+use metrics::Gauge;
 use ops::Causes;
 use protocol::link::{self, HEADER_BYTES, Header, Kind, LinkFault, WINDOW_BYTES};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -73,6 +74,22 @@ enum LinkError {
     Window(u32),
 }
 
+/// Counts a link while it is open, however it ends.
+struct LinkCount(Gauge);
+
+impl LinkCount {
+    fn of(links: &Gauge) -> Self {
+        links.increment(1);
+        Self(links.clone())
+    }
+}
+
+impl Drop for LinkCount {
+    fn drop(&mut self) {
+        self.0.decrement(1);
+    }
+}
+
 /// One connection to a worker, shared by the requests of one thread.
 pub struct Link {
     state: Mutex<State>,
@@ -124,7 +141,12 @@ struct Stream {
 
 impl Link {
     /// Takes over a connection whose handshake is done.
-    fn start(stream: TcpStream, streams_max: u32, silence_max: Duration) -> Arc<Self> {
+    fn start(
+        stream: TcpStream,
+        streams_max: u32,
+        silence_max: Duration,
+        count: LinkCount,
+    ) -> Arc<Self> {
         let link = Arc::new(Self {
             state: Mutex::new(State {
                 unwritten: Vec::new(),
@@ -137,7 +159,7 @@ impl Link {
             }),
             work: Notify::new(),
         });
-        tokio::spawn(Arc::clone(&link).run(stream, silence_max));
+        tokio::spawn(Arc::clone(&link).run(stream, silence_max, count));
         link
     }
 
@@ -184,7 +206,8 @@ impl Link {
         })
     }
 
-    async fn run(self: Arc<Self>, stream: TcpStream, silence_max: Duration) {
+    /// `_count` counts the link while it is open.
+    async fn run(self: Arc<Self>, stream: TcpStream, silence_max: Duration, _count: LinkCount) {
         let (reading, writing) = stream.into_split();
         let ended = tokio::select! {
             read = self.read(reading) => read,
@@ -405,6 +428,11 @@ impl Head {
     /// What the worker sent makes no sense.
     pub fn read(&self) -> Result<link::Response<'_>, LinkFault> {
         link::Response::read(&self.payload)
+    }
+
+    /// `part`, which came out of [`read`](Self::read), without a copy.
+    pub(crate) fn bytes(&self, part: &[u8]) -> Bytes {
+        self.payload.slice_ref(part)
     }
 }
 

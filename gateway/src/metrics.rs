@@ -49,6 +49,7 @@ pub struct Metrics {
     pub retries: Counter,
     pub access_log_dropped: Counter,
     pub not_owner: Counter,
+    pub links: Gauge,
     pub ring_version: Gauge,
 }
 
@@ -90,6 +91,7 @@ impl Metrics {
                 retries: counter!("gateway_retries_total"),
                 access_log_dropped: counter!("gateway_access_log_dropped_total"),
                 not_owner: counter!("gateway_not_owner_total"),
+                links: gauge!("gateway_links"),
                 ring_version: gauge!("gateway_ring_version"),
             }
         })
@@ -201,6 +203,10 @@ fn describe() {
     describe_gauge!(
         "gateway_shard_skew",
         "Requests of a route's busiest shard over the mean of its shards, since the routes were loaded"
+    );
+    describe_gauge!(
+        "gateway_links",
+        "Connections to workers that many requests share"
     );
     describe_counter!("gateway_connections_total", "Client connections accepted");
     describe_counter!(

@@ -346,11 +346,8 @@ impl Thread {
 
     async fn run(self) {
         let requests = &self.shared.requests;
-        let links = Links::new(
-            self.shared.token.clone(),
-            requests.connect_max,
-            requests.silence_max,
-        );
+        let count = self.shared.metrics.links.clone();
+        let links = Links::new(self.shared.token.clone(), requests, count);
         let proxy = Proxy(Arc::clone(&self.shared), links);
         let mut proxy = HttpProxy::new(proxy, Arc::clone(&self.conf));
         proxy.handle_init_modules();

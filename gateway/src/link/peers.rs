@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::HeaderValue;
+use metrics::Gauge;
 use ops::Causes;
 use protocol::link::{Hello, LinkFault, Verdict, WELCOME_BYTES, Welcome};
 use socket2::SockRef;
@@ -15,7 +16,8 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use super::Link;
+use super::{Link, LinkCount};
+use crate::config::RequestsConfig;
 
 /// A worker that speaks no links is asked again after this time: it may have been replaced.
 const HTTP1_FOR: Duration = Duration::from_secs(10);
@@ -45,6 +47,7 @@ pub struct Links {
     token: Option<HeaderValue>,
     connect_max: Duration,
     silence_max: Duration,
+    count: Gauge,
     peers: Mutex<HashMap<SocketAddr, Arc<Peer>>>,
 }
 
@@ -70,11 +73,13 @@ enum State {
 }
 
 impl Links {
-    pub fn new(token: Option<HeaderValue>, connect_max: Duration, silence_max: Duration) -> Self {
+    /// `count` shows how many are open.
+    pub fn new(token: Option<HeaderValue>, requests: &RequestsConfig, count: Gauge) -> Self {
         Self {
             token,
-            connect_max,
-            silence_max,
+            connect_max: requests.connect_max,
+            silence_max: requests.silence_max,
+            count,
             peers: Mutex::default(),
         }
     }
@@ -125,7 +130,12 @@ impl Links {
         let welcomed = tokio::time::timeout(self.connect_max, self.shake_hands(&mut stream));
         let welcome = welcomed.await.map_err(|_| MakeError::Silent)??;
         match welcome.verdict {
-            Verdict::Accepted => Ok(Link::start(stream, welcome.streams_max, self.silence_max)),
+            Verdict::Accepted => Ok(Link::start(
+                stream,
+                welcome.streams_max,
+                self.silence_max,
+                LinkCount::of(&self.count),
+            )),
             refused => Err(MakeError::Refused(refused)),
         }
     }

@@ -1,6 +1,6 @@
 //! Requests for objects that go over a link: pingora has read the head, and writes the answer.
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use pingora_core::{Error, ErrorType, OrErr, Result};
@@ -69,10 +69,11 @@ impl Proxy {
             forwarded = forwarding => forwarded,
             gone = session.downstream_session.read_body_or_idle(true) => {
                 // Nobody waits for the answer: the exchange is dropped, and with it cancelled.
-                return match gone {
-                    Err(error) => Err(error.into_down()),
-                    Ok(_) => Error::e_explain(ErrorType::ConnectionClosed, "bytes after the body"),
+                let error = match gone {
+                    Err(error) => Error::because(ErrorType::ConnectionClosed, "the client", error),
+                    Ok(_) => Error::explain(ErrorType::ConnectionClosed, "bytes after the body"),
                 };
+                return Err(error.into_down());
             }
         };
         match forwarded {
@@ -106,7 +107,7 @@ async fn pass_answer(
 ) -> Result<()> {
     let senseless = |_| Error::explain(ErrorType::InvalidHTTPHeader, "a response of a worker");
     let response = head.read().map_err(senseless)?;
-    let mut made = ResponseHeader::build(response.status, None)?;
+    let mut made = ResponseHeader::build_no_case(response.status, None)?;
     for (name, value) in response.headers {
         made.append_header(
             HeaderName::from_bytes(name).map_err(senseless_name)?,
@@ -127,7 +128,7 @@ async fn pass_answer(
         return Ok(());
     }
     if head.is_end {
-        let body = Bytes::copy_from_slice(response.body);
+        let body = head.bytes(response.body);
         return session.write_response_body(Some(body), true).await;
     }
     loop {

@@ -111,6 +111,7 @@ fn many_clients_share_one_connection() {
         }
         listener.set_nonblocking(true).unwrap();
         assert!(listener.accept().is_err(), "one connection, no more");
+        worker
     });
     let clients: Vec<TcpStream> = (0..50)
         .map(|_| {
@@ -126,7 +127,9 @@ fn many_clients_share_one_connection() {
             "{head}"
         );
     }
-    worker.join().unwrap();
+    front.eventually("gateway_links", 1.0);
+    drop(worker.join().unwrap());
+    front.eventually("gateway_links", 0.0);
 }
 
 #[test]
