@@ -16,7 +16,7 @@ use http::header::{
     SET_COOKIE, STRICT_TRANSPORT_SECURITY, UPGRADE, USER_AGENT, X_CONTENT_TYPE_OPTIONS,
     X_FRAME_OPTIONS,
 };
-use http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
+use http::{HeaderName, HeaderValue, Method, StatusCode, Uri, Version};
 use ops::config::ConfigError;
 use pingora_core::modules::http::compression::ResponseCompression;
 use pingora_core::protocols::ALPN;
@@ -224,6 +224,7 @@ impl Proxy {
         if announced.is_some_and(|bytes| bytes > self.0.requests.body_bytes_max) {
             return Err(self.too_large().into());
         }
+        require_one_host(head)?;
         let dynamic = self.0.dynamic.load();
         let mut asked = self.asked(session, &dynamic);
         if let Some(answer) = dynamic.preflight(&asked) {
@@ -586,6 +587,15 @@ impl ProxyHttp for Proxy {
                 owner: Some(owner),
             }) => self.address(head, request, target, owner),
             Some(Aim::App(app)) => {
+                // Which host it is for is said once: what routed it is what the server sees.
+                if let Some(authority) = head.uri.authority().map(ToString::to_string) {
+                    head.insert_header(HOST, authority)?;
+                }
+                // In origin form, however the client wrote it (RFC 9112, 3.2).
+                if !head.raw_path().starts_with(b"/") {
+                    let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
+                    head.set_uri(uri(path)?);
+                }
                 if let Some(path) = &app.path_and_query {
                     head.set_uri(uri(path)?);
                 }
@@ -972,11 +982,24 @@ fn ours(headers: &http::HeaderMap) -> Option<HeaderName> {
         .cloned()
 }
 
-/// Of the `Host` header, or of the URI in HTTP/2.
+/// RFC 9112, 3.2: without it, or with two, gateway and server could mean different hosts.
+fn require_one_host(head: &RequestHeader) -> Result<(), Problem> {
+    let mut hosts = head.headers.get_all(HOST).iter();
+    let named = hosts.next().is_some() || head.uri.authority().is_some();
+    if !named && head.version == Version::HTTP_11 {
+        return Err(Problem::bad_request("the request has no Host"));
+    }
+    match hosts.next() {
+        None => Ok(()),
+        Some(_) => Err(Problem::bad_request("the request has more than one Host")),
+    }
+}
+
+/// Of the URI, as in HTTP/2, or else of the `Host` header (RFC 9112, 3.2.2).
 fn host(head: &RequestHeader) -> Option<&str> {
-    match head.headers.get(HOST) {
-        Some(host) => host.to_str().ok(),
-        None => Some(head.uri.authority()?.as_str()),
+    match head.uri.authority() {
+        Some(authority) => Some(authority.as_str()),
+        None => head.headers.get(HOST)?.to_str().ok(),
     }
 }
 

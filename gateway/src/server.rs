@@ -3,6 +3,7 @@
 //! Each thread has a runtime, a listener on the shared port (SO_REUSEPORT spreads the connections)
 //! and a pingora proxy with its own pool of upstream connections: a request never leaves its thread.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
@@ -409,6 +410,13 @@ impl Admin for GatewayAdmin {
                 "objects": shared.hot_objects.top(),
                 "limits": shared.dynamic.load().rules.hot(),
             }))),
+            "/upstreams" => {
+                let dynamic = shared.dynamic.load();
+                let pools = dynamic.upstreams.iter();
+                let pools: BTreeMap<_, _> =
+                    pools.map(|(name, pool)| (name, pool.state())).collect();
+                Some(admin::json(&pools))
+            }
             _ => None,
         }
     }

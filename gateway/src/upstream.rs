@@ -21,6 +21,7 @@ use ops::Causes;
 use ops::config::{Broken, ConfigError, non_empty};
 use pingora_core::protocols::ALPN;
 use pingora_core::upstreams::peer::HttpPeer;
+use serde::Serialize;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
@@ -67,6 +68,17 @@ pub enum UpstreamError {
     Config(#[from] ConfigError),
     #[error(transparent)]
     Resolve(#[from] ResolveError),
+}
+
+/// One server, as operators see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ServerState {
+    pub address: SocketAddr,
+    pub weight: u8,
+    /// Whether it gets requests: well, and not ejected.
+    pub available: bool,
+    /// What health checks say, if there are any.
+    pub well: bool,
 }
 
 /// A server for one try.
@@ -176,6 +188,18 @@ impl Upstream {
             .list
             .iter()
             .any(|server| server.is_available())
+    }
+
+    /// What is known of each server, for operators.
+    pub fn state(&self) -> Vec<ServerState> {
+        let servers = self.servers.load();
+        let state = |server: &Arc<Server>| ServerState {
+            address: server.address,
+            weight: server.weight,
+            available: server.is_available(),
+            well: server.is_well(),
+        };
+        servers.list.iter().map(state).collect()
     }
 
     /// Brings the gauges up to date.

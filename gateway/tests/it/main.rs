@@ -11,6 +11,7 @@ mod limits;
 mod link;
 mod objects;
 mod process;
+mod robust;
 mod routes;
 mod scripted_link;
 mod support;

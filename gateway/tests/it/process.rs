@@ -69,6 +69,7 @@ fn a_check_names_line_key_value_and_rule() {
 struct Running {
     child: Child,
     url: String,
+    admin: String,
     log: std::sync::mpsc::Receiver<String>,
 }
 
@@ -84,7 +85,8 @@ impl Running {
         let mut ready = String::new();
         let mut out = BufReader::new(child.stdout.take().unwrap());
         out.read_line(&mut ready).unwrap();
-        let url = ready.split(' ').nth(1).unwrap().to_owned();
+        let word = |number| ready.split_whitespace().nth(number).unwrap().to_owned();
+        let (url, admin) = (word(1), word(3));
         let (tell, log) = std::sync::mpsc::sync_channel(1000);
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         std::thread::spawn(move || {
@@ -92,7 +94,12 @@ impl Running {
                 .map_while(Result::ok)
                 .try_for_each(|line| tell.send(line))
         });
-        Self { child, url, log }
+        Self {
+            child,
+            url,
+            admin,
+            log,
+        }
     }
 
     fn get(&self, path: &str) -> String {
@@ -167,4 +174,12 @@ fn without_nodes_a_gateway_serves_apps_at_once() {
     let running = Running::start(file.path());
     assert_eq!(running.get("/x"), "ok");
     assert_eq!(app.seen()[0].uri, "/x");
+    let mut answer = ureq::get(format!("{}/upstreams", running.admin))
+        .call()
+        .unwrap();
+    let state: serde_json::Value =
+        serde_json::from_str(&answer.body_mut().read_to_string().unwrap()).unwrap();
+    let want =
+        serde_json::json!({ "address": app.address, "weight": 1, "available": true, "well": true });
+    assert_eq!(state, serde_json::json!({ "app": [want] }));
 }
