@@ -306,6 +306,9 @@ pub struct Keys {
     ends: [usize; LIMITS_MAX],
 }
 
+/// When each limit let a request pass, by its own clock; `None` if it took nothing.
+pub struct Taken([Option<u64>; LIMITS_MAX]);
+
 impl Keys {
     fn text(&self, number: usize) -> &str {
         let start = match number {
@@ -342,20 +345,22 @@ impl Guard {
         Ok(keys)
     }
 
-    /// Gives back what [`admit`](Self::admit) took, soon after it did.
-    pub fn refund(&self, keys: &Keys) {
-        for (used, key) in self.0.iter().zip(keys.hashes) {
-            used.limit.give_back(key, used.limit.now());
+    /// Gives back what [`admit`](Self::admit) took.
+    pub fn refund(&self, keys: &Keys, taken: &Taken) {
+        for ((used, key), taken) in self.0.iter().zip(keys.hashes).zip(taken.0) {
+            if let Some(taken) = taken {
+                used.limit.give_back(key, taken);
+            }
         }
     }
 
-    /// Asks all limits. If any refuses, what the others took is given back; but not what a limit of scope
-    /// `exact` took before another of that scope refused.
+    /// Asks all limits. If any refuses, what the others took is given back; with scope `colo` to the lease
+    /// of this gateway, and with `exact` not: such limits come last.
     ///
     /// # Errors
     /// The refusal with the longest wait.
-    pub async fn admit(&self, keys: &Keys) -> Result<(), Refusal> {
-        let mut taken = [None; LIMITS_MAX];
+    pub async fn admit(&self, keys: &Keys) -> Result<Taken, Refusal> {
+        let mut taken = Taken([None; LIMITS_MAX]);
         let mut worst: Option<(u64, &Limit)> = None;
         let mut unreachable = None;
         let sampled = is_sampled();
@@ -373,7 +378,7 @@ impl Guard {
             match limit.take(key, now).await {
                 Outcome::Passed => {
                     limit.metrics.passed.increment(1);
-                    taken[number] = Some(now);
+                    taken.0[number] = Some(now);
                 }
                 Outcome::Refused { .. } if !enforced => {
                     limit.metrics.shadow_refused.increment(1);
@@ -395,13 +400,9 @@ impl Guard {
             }
         }
         if worst.is_none() && unreachable.is_none() {
-            return Ok(());
+            return Ok(taken);
         }
-        for ((used, key), taken) in self.0.iter().zip(keys.hashes).zip(taken) {
-            if let Some(taken) = taken {
-                used.limit.give_back(key, taken);
-            }
-        }
+        self.refund(keys, &taken);
         Err(match (worst, unreachable) {
             (Some((wait, limit)), _) => limit.refusal(wait),
             (None, limit) => Problem::unavailable(format!(

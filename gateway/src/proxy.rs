@@ -164,13 +164,12 @@ pub struct Request {
 impl Request {
     /// The object has answered, and whether it is a new one is known.
     fn settle_creation(&mut self, created: bool) {
-        if let Creation::Charged = self.creation
+        if let Creation::Charged(taken) = std::mem::replace(&mut self.creation, Creation::Free)
             && !created
             && let Some(admission) = &self.admission
         {
-            admission.refund_creation();
+            admission.refund_creation(&taken);
         }
-        self.creation = Creation::Free;
     }
 }
 
@@ -836,7 +835,7 @@ impl Proxy {
         }
         match request.creation {
             Creation::Free => {}
-            Creation::Charged => {
+            Creation::Charged(_) => {
                 head.insert_header(headers::NEW_OBJECT, headers::NEW_OBJECT_TELL)?
             }
             Creation::Forbidden => {

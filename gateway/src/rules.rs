@@ -16,8 +16,9 @@ use crate::asked::Asked;
 use crate::auth::{Auth, Claims, Ways};
 use crate::config::Config;
 use crate::cors::{Cors, CorsConfig, Grant};
+use crate::limit::config::Scope;
 use crate::limit::shared::Link;
-use crate::limit::{Guard, HotLimit, Keys, Limits};
+use crate::limit::{Guard, HotLimit, Keys, Limits, Taken};
 use crate::metrics::Metrics;
 use crate::refusal::Refusal;
 use crate::route::{Fixed, Found, Routes};
@@ -62,7 +63,7 @@ pub enum Creation {
     /// Nobody limits that.
     Free,
     /// It was charged for one; see [`Admission::refund_creation`].
-    Charged,
+    Charged(Taken),
     /// Only if the object exists.
     Forbidden,
 }
@@ -212,6 +213,10 @@ impl Wanted<'_> {
             let rule = format!("is not among the limits ({})", known.join(", "));
             return Err(Broken::value("creations", name, rule));
         };
+        if limit.scope != Scope::Process {
+            let rule = "must have scope = \"process\": what objects took cannot be given back";
+            return Err(Broken::value("creations", name, rule));
+        }
         let template = limit
             .template(params)
             .map_err(|broken| Broken::new("creations", format!("= {name:?}, of which {broken}")))?;
@@ -279,7 +284,7 @@ impl Admission {
     pub async fn admit(&self) -> Result<(), Refusal> {
         match self.rules.guard.is_empty() {
             true => Ok(()),
-            false => self.rules.guard.admit(&self.keys).await,
+            false => self.rules.guard.admit(&self.keys).await.map(drop),
         }
     }
 
@@ -289,16 +294,16 @@ impl Admission {
         match &self.creation {
             None => Creation::Free,
             Some(keys) => match self.rules.creations.admit(keys).await {
-                Ok(()) => Creation::Charged,
+                Ok(taken) => Creation::Charged(taken),
                 Err(_) => Creation::Forbidden,
             },
         }
     }
 
     /// There was no new object after all.
-    pub fn refund_creation(&self) {
+    pub fn refund_creation(&self, taken: &Taken) {
         if let Some(keys) = &self.creation {
-            self.rules.creations.refund(keys);
+            self.rules.creations.refund(keys, taken);
         }
     }
 

@@ -192,3 +192,33 @@ fn a_client_makes_no_more_new_objects_than_its_quota() {
     let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
     assert_eq!(listed["objects"].as_array().unwrap().len(), 10);
 }
+
+#[test]
+fn bodies_that_were_checked_arrive_whole_and_pages_may_read_the_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Process::start(&mut node(dir.path(), "1"));
+    let config = dir.path().join("checked.toml");
+    let text = "[objects.validate.schema]
+         type = 'object'
+         required = ['item']
+         [objects.cors]
+         origins = ['https://shop.example']";
+    std::fs::write(&config, text).unwrap();
+    let gateway = start(&node, &config, "SFO");
+    let put = |body: &str| {
+        let url = format!("{}/objects/Kv/cart/order", gateway.url);
+        let request = agent().put(url).header("origin", "https://shop.example");
+        let answer = request.send(body).unwrap();
+        let readable = answer.headers().get("access-control-allow-origin").cloned();
+        assert_eq!(readable.unwrap(), "https://shop.example");
+        answer.status().as_u16()
+    };
+    let large = format!(r#"{{"item": "{}"}}"#, "nut".repeat(10_000));
+    assert_eq!([put("{}"), put(&large), put("[]")], [400, 201, 400]);
+    // Through a gateway without rules.
+    let open = Process::start(&mut crate::support::gateway(&node));
+    let url = format!("{}/objects/Kv/cart/order", open.url);
+    assert_eq!(request(&agent(), "GET", &url, "").unwrap(), (200, large));
+    let requests = metric(&node, "shard_requests_total{class=\"Kv\",code=\"201\"}");
+    assert_eq!(requests, 1.0);
+}

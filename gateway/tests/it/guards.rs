@@ -550,13 +550,27 @@ fn only_new_objects_are_charged_for_and_when_they_are_used_up_workers_are_told()
 }
 
 #[test]
-fn files_that_are_missing_stop_the_start_with_their_key() {
+fn what_cannot_work_stops_the_start_with_its_key() {
     let missing = Path::new("/nowhere/keys.json");
     let config: Config =
         toml::from_str(&users(&format!("jwks_file = '{}'", missing.display()))).unwrap();
     let error = config.validate().unwrap_err().to_string();
     assert!(
         error.contains("auth.users.jwt") && error.contains("/nowhere/keys.json"),
+        "{error}"
+    );
+    let config: Config = toml::from_str(
+        "objects.creations = 'n'
+         [limits.n]
+         key = 'k'
+         limit = 1
+         period = '1s'
+         scope = 'exact'",
+    )
+    .unwrap();
+    let error = config.validate().unwrap_err().to_string();
+    assert!(
+        error.contains("objects.creations = \"n\" must have scope"),
         "{error}"
     );
     let config: Config =
