@@ -1,27 +1,23 @@
 //! pingora's `ProxyHttp`: a short method per phase. pingora's error type stays in this file and those below
 //! it.
 
+mod answers;
+mod dynamic;
+mod heads;
 mod linked;
 
-use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{
-    ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, LOCATION, REFERRER_POLICY,
-    SET_COOKIE, STRICT_TRANSPORT_SECURITY, UPGRADE, USER_AGENT, X_CONTENT_TYPE_OPTIONS,
-    X_FRAME_OPTIONS,
-};
-use http::{HeaderName, HeaderValue, Method, StatusCode, Uri, Version};
-use ops::config::ConfigError;
-use pingora_core::modules::http::compression::ResponseCompression;
+use http::header::{CONTENT_LENGTH, EXPECT, HOST, SET_COOKIE, USER_AGENT};
+use http::{HeaderValue, Method};
 use pingora_core::protocols::ALPN;
 use pingora_core::upstreams::peer::HttpPeer;
-use pingora_core::{Error, ErrorSource, ErrorType, OrErr, Result};
+use pingora_core::{Error, ErrorSource, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use protocol::trace::TraceParent;
@@ -32,93 +28,30 @@ use tracing::debug;
 
 use crate::access_log::{self, AccessLog, Line};
 use crate::asked::{Asked, Params};
-use crate::client::ClientRules;
-use crate::config::{Config, RequestsConfig, RetryConfig};
-use crate::cors::{self, Grant};
+use crate::config::{RequestsConfig, RetryConfig};
+use crate::cors::Grant;
 use crate::hot::Hot;
 use crate::limit;
-use crate::limit::shared::Link;
 use crate::link::Links;
 use crate::metrics::{Code, Metrics, RouteLabel};
 use crate::placement::{Owner, Placement};
 use crate::refusal::Refusal;
 use crate::retry::{self, Failure};
-use crate::route::{Ask, Finish, Fixed, Found, ObjectTarget, Route, Routes, Target};
-use crate::rules::{Admission, Creation, RuleSet};
-use crate::server::StartError;
+use crate::route::{Ask, Finish, Found, ObjectTarget, Target};
+use crate::rules::{Admission, Creation};
 use crate::upstream::server::Outcome;
 use crate::upstream::{Choice, Upstream};
-
-const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-
-/// Of gzip, brotli and zstd alike: most of what there is to gain, at a bearable cost.
-const COMPRESSION_LEVEL: u32 = 5;
-
-/// How long an unwanted body is received for.
-const REST_TIME_MAX: Duration = Duration::from_secs(10);
+use answers::{Answer, compress, receive_rest, refuse, secure_headers, tell_browser};
+pub use dynamic::Dynamic;
+use heads::{
+    forwarded, host, is_secure, pass_upgrade, peer_ip, require_one_host, strip, strip_response, uri,
+};
 
 const NOT_OWNER: ErrorType = ErrorType::Custom("not_owner");
 const TOKEN_REFUSED: ErrorType = ErrorType::Custom("token_refused");
 const BODY_TOO_LARGE: ErrorType = ErrorType::Custom("body_too_large");
 const UNROUTABLE: ErrorType = ErrorType::Custom("unroutable");
 const BAD_STATUS: ErrorType = ErrorType::Custom("bad_status");
-
-/// What may change while the gateway runs.
-pub struct Dynamic {
-    pub routes: Routes,
-    pub client: ClientRules,
-    pub access_log: Option<AccessLog>,
-    pub upstreams: HashMap<String, Arc<Upstream>>,
-    /// The upstream of each route that has one, by the route's index.
-    of_route: Vec<Option<Arc<Upstream>>>,
-    pub rules: RuleSet,
-}
-
-impl Dynamic {
-    /// What has not changed since `before` keeps what it knows.
-    ///
-    /// # Errors
-    /// When the config breaks a rule, or a server cannot be resolved.
-    pub async fn new(
-        config: &Config,
-        before: Option<&Self>,
-        metrics: &Metrics,
-        link: &Link,
-    ) -> Result<Self, StartError> {
-        let client = ClientRules::new(&config.client).map_err(|broken| broken.under("client"));
-        let client = client.map_err(ConfigError::from)?;
-        let routes = Routes::new(config).map_err(ConfigError::from)?;
-        let none = HashMap::new();
-        let known = before.map_or(&none, |before| &before.upstreams);
-        let upstreams = crate::upstream::start(config, known, metrics).await?;
-        let upstream = |route: &Route| upstreams.get(route.upstream.as_ref()?).map(Arc::clone);
-        let open = RuleSet::default();
-        let known = before.map_or(&open, |before| &before.rules);
-        let rules = RuleSet::new(config, &routes, known, metrics, link);
-        Ok(Self {
-            rules: rules.map_err(ConfigError::from)?,
-            of_route: routes.iter().map(upstream).collect(),
-            access_log: AccessLog::open(&config.access_log, metrics.access_log_dropped.clone())?,
-            routes,
-            client,
-            upstreams,
-        })
-    }
-
-    /// The answer to a browser that asks whether it may send a request; `None` if the route says nothing of
-    /// that, or this is no such question.
-    fn preflight(&self, asked: &Asked<'_>) -> Option<Arc<Fixed>> {
-        let method = cors::preflight(asked.method, asked.headers)?;
-        let asked = Asked {
-            method: &method,
-            ..*asked
-        };
-        let found = self.routes.find(&asked).ok()?;
-        self.rules.of(found).preflight(asked.headers)
-    }
-}
 
 /// Shared by all threads of a gateway.
 pub struct Shared {
@@ -201,15 +134,6 @@ impl AppAim {
             self.upstream.report(&choice.picked.server, outcome);
         }
     }
-}
-
-/// An answer that needs nobody else.
-enum Answer {
-    Fixed(Arc<Fixed>),
-    Redirect {
-        status: StatusCode,
-        location: HeaderValue,
-    },
 }
 
 impl Proxy {
@@ -895,195 +819,6 @@ impl Proxy {
     }
 }
 
-fn uri(path_and_query: &str) -> Result<Uri> {
-    path_and_query
-        .parse()
-        .or_err_with(ErrorType::InvalidHTTPHeader, || {
-            format!("path {path_and_query:?}")
-        })
-}
-
-impl Answer {
-    async fn send(self, session: &mut Session, request: &Request) -> Result<()> {
-        let (status, body) = match &self {
-            Self::Fixed(fixed) => (fixed.status, fixed.body.clone()),
-            Self::Redirect { status, .. } => (*status, Bytes::new()),
-        };
-        let mut head = ResponseHeader::build(status, Some(4))?;
-        // Where there cannot be a body, there is no length either (RFC 9110, 8.6).
-        if status != StatusCode::NO_CONTENT {
-            head.insert_header(CONTENT_LENGTH, HeaderValue::from(body.len()))?;
-        }
-        match self {
-            Self::Fixed(fixed) => {
-                for (name, value) in &fixed.headers {
-                    head.append_header(name, value)?;
-                }
-            }
-            Self::Redirect { location, .. } => head.insert_header(LOCATION, location)?,
-        }
-        tell_browser(&mut head, &request.grant)?;
-        if request.finish.security_headers {
-            secure_headers(&mut head, is_secure(session))?;
-        }
-        let bodiless = session.req_header().method == Method::HEAD
-            || body.is_empty()
-            || status == StatusCode::NO_CONTENT
-            || status == StatusCode::NOT_MODIFIED;
-        session
-            .write_response_header(Box::new(head), bodiless)
-            .await?;
-        if !bodiless {
-            session.write_response_body(Some(body), true).await?;
-        }
-        Ok(())
-    }
-}
-
-/// Lets an upgrade to any protocol pass. pingora has removed the headers that concern one connection
-/// only; of these, an upgrade needs two again. To `h2c` it never passes: a tunnel of HTTP/2 requests
-/// would go around everything that this gateway checks (RFC 9113 dropped that upgrade).
-fn pass_upgrade(session: &Session, head: &mut RequestHeader) -> Result<()> {
-    let asked = session.req_header();
-    match asked.headers.get(UPGRADE) {
-        Some(protocol) if session.is_upgrade_req() && !mentions_h2c(protocol) => {
-            head.insert_header(CONNECTION, "upgrade")?;
-            head.insert_header(UPGRADE, protocol.clone())
-        }
-        _ => Ok(()),
-    }
-}
-
-fn mentions_h2c(protocol: &HeaderValue) -> bool {
-    protocol
-        .as_bytes()
-        .windows(3)
-        .any(|window| window.eq_ignore_ascii_case(b"h2c"))
-}
-
-/// Removes what only the system may say.
-fn strip(head: &mut RequestHeader) {
-    while let Some(name) = ours(&head.headers) {
-        head.remove_header(&name);
-    }
-}
-
-fn strip_response(response: &mut ResponseHeader) {
-    while let Some(name) = ours(&response.headers) {
-        response.remove_header(&name);
-    }
-}
-
-fn ours(headers: &http::HeaderMap) -> Option<HeaderName> {
-    headers
-        .keys()
-        .find(|name| name.as_str().starts_with(headers::PREFIX))
-        .cloned()
-}
-
-/// RFC 9112, 3.2: without it, or with two, gateway and server could mean different hosts.
-fn require_one_host(head: &RequestHeader) -> Result<(), Problem> {
-    let mut hosts = head.headers.get_all(HOST).iter();
-    let named = hosts.next().is_some() || head.uri.authority().is_some();
-    if !named && head.version == Version::HTTP_11 {
-        return Err(Problem::bad_request("the request has no Host"));
-    }
-    match hosts.next() {
-        None => Ok(()),
-        Some(_) => Err(Problem::bad_request("the request has more than one Host")),
-    }
-}
-
-/// Of the URI, as in HTTP/2, or else of the `Host` header (RFC 9112, 3.2.2).
-fn host(head: &RequestHeader) -> Option<&str> {
-    match head.uri.authority() {
-        Some(authority) => Some(authority.as_str()),
-        None => head.headers.get(HOST)?.to_str().ok(),
-    }
-}
-
-/// Lets pingora compress the answer, if client and content suit.
-fn compress(session: &mut Session) {
-    // The module looked at the head when it was still off; it is shown again.
-    let head = session.req_header().clone();
-    let modules = &mut session.downstream_modules_ctx;
-    if let Some(compression) = modules.get_mut::<ResponseCompression>() {
-        compression.adjust_level(COMPRESSION_LEVEL);
-        compression.request_filter(&head);
-    }
-}
-
-/// What browsers should be told unless the app says otherwise (OWASP secure headers).
-fn secure_headers(head: &mut ResponseHeader, secure: bool) -> Result<()> {
-    let strict = (STRICT_TRANSPORT_SECURITY, "max-age=31536000");
-    let always = [
-        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
-        (X_FRAME_OPTIONS, "SAMEORIGIN"),
-        (REFERRER_POLICY, "strict-origin-when-cross-origin"),
-    ];
-    for (name, value) in always.into_iter().chain(secure.then_some(strict)) {
-        if !head.headers.contains_key(&name) {
-            head.insert_header(name, value)?;
-        }
-    }
-    Ok(())
-}
-
-fn is_secure(session: &Session) -> bool {
-    let digest = session.digest();
-    digest.is_some_and(|digest| digest.ssl_digest.is_some())
-}
-
-/// The other end of the connection.
-fn peer_ip(session: &Session) -> Option<IpAddr> {
-    let address = session.client_addr()?.as_inet()?;
-    Some(address.ip())
-}
-
-/// Tells an app who asked, by the names that proxies have always used.
-fn forwarded(session: &Session, head: &mut RequestHeader) -> Result<()> {
-    if let Some(client) = peer_ip(session).map(|client| client.to_string()) {
-        // One chain, however many lines it came in.
-        let known = head.headers.get_all(FORWARDED_FOR).iter();
-        let known = known.filter_map(|line| line.to_str().ok());
-        let chain: Vec<&str> = known.chain([client.as_str()]).collect();
-        let chain = chain.join(", ");
-        head.insert_header(FORWARDED_FOR, chain)?;
-    }
-    if let Some(host) = head.headers.get(HOST).cloned() {
-        head.insert_header(FORWARDED_HOST, host)?;
-    }
-    let proto = if is_secure(session) { "https" } else { "http" };
-    head.insert_header(FORWARDED_PROTO, proto)
-}
-
-/// Receives and forgets a body that nobody wants, for a while. If the connection were closed under the
-/// bytes that still come, most clients would see a broken connection instead of their refusal.
-async fn receive_rest(session: &mut Session) {
-    // Who asks first will see the refusal first, and then sends no body.
-    if session.req_header().headers.contains_key(EXPECT) {
-        return;
-    }
-    let receive =
-        async { while let Ok(Some(_)) = session.downstream_session.read_request_body().await {} };
-    // The bound on time is as good an end as the end of the body.
-    drop(tokio::time::timeout(REST_TIME_MAX, receive).await);
-}
-
-/// Replaces what an app says to browsers by what the route does, if it does.
-fn tell_browser(response: &mut ResponseHeader, grant: &Grant) -> Result<()> {
-    if grant.is_empty() {
-        return Ok(());
-    }
-    for name in cors::HEADERS {
-        response.remove_header(&name);
-    }
-    for (name, value) in grant {
-        response.append_header(name, value)?;
-    }
-    Ok(())
-}
-
 /// Whatever of the rules may have to wait: for an object, or for the client's body.
 async fn admit(session: &mut Session, request: &mut Request, aim: &Aim) -> Result<(), Refusal> {
     let Some(admission) = &request.admission else {
@@ -1123,33 +858,6 @@ async fn hold_body(session: &mut Session, max: u64) -> Result<Vec<u8>, Problem> 
         }
     }
     Ok(body)
-}
-
-/// Answers with a problem document, or what else belongs to the refusal.
-async fn refuse(session: &mut Session, request: &mut Request, refusal: &Refusal) -> Result<()> {
-    let problem = &refusal.problem;
-    request.refused = Some(problem.code);
-    let (kind, body) = refusal.body(&session.req_header().headers, &request.id);
-    let body = Bytes::from(body);
-    let mut head = ResponseHeader::build(problem.code.status(), Some(8))?;
-    head.insert_header(CONTENT_TYPE, kind)?;
-    head.insert_header(CONTENT_LENGTH, HeaderValue::from(body.len()))?;
-    head.insert_header(headers::ERROR, problem.code.name())?;
-    for (name, value) in refusal.headers() {
-        head.append_header(name, value)?;
-    }
-    if let Some(allow) = &problem.allow {
-        head.insert_header(ALLOW, allow.as_ref())?;
-    }
-    tell_browser(&mut head, &request.grant)?;
-    let bodiless = session.req_header().method == Method::HEAD;
-    session
-        .write_response_header(Box::new(head), bodiless)
-        .await?;
-    if !bodiless {
-        session.write_response_body(Some(body), true).await?;
-    }
-    Ok(())
 }
 
 fn log(session: &Session, error: Option<&Error>, request: &Request, code: Code, took: Duration) {
