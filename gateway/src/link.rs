@@ -32,6 +32,9 @@ const READ_BYTES: usize = 64 << 10;
 /// A buffer that grew beyond this is made smaller when it is empty.
 const KEPT_BYTES_MAX: usize = 1 << 20;
 
+/// What a worker that reads nothing may keep waiting here.
+const UNWRITTEN_BYTES_MAX: usize = 16 << 20;
+
 /// Silence is noticed late by at most this part of `silence_max`.
 const SILENCE_LOOKS: u32 = 8;
 const SILENCE_LOOK_MIN: Duration = Duration::from_millis(1);
@@ -58,7 +61,7 @@ pub enum ExchangeError {
 pub enum Refused {
     /// The link takes no more requests.
     Closed,
-    /// Too many streams are open, or the head is too large.
+    /// Too many streams are open, the worker does not read, or the head is too large.
     TooMuch,
 }
 
@@ -186,7 +189,8 @@ impl Link {
             Some(number) => *number,
             None => u32::try_from(state.streams.len()).unwrap_or(u32::MAX),
         };
-        if number >= state.streams_max || !write(&mut state.unwritten, number) {
+        let full = number >= state.streams_max || state.unwritten.len() > UNWRITTEN_BYTES_MAX;
+        if full || !write(&mut state.unwritten, number) {
             return Err(Refused::TooMuch);
         }
         if state.free.pop().is_none() {

@@ -164,7 +164,7 @@ fn failed(error: ExchangeError, shared: &Shared, errand: &Errand<'_>) -> Tried {
     match error {
         ExchangeError::NotSent => Tried::not_sent("the worker of this object is stopping"),
         // No byte of an answer came: what another try may do is the same as on a stale connection.
-        ExchangeError::Broken | ExchangeError::BrokenOff => Tried {
+        ExchangeError::Broken => Tried {
             failure: Failure::StaleConnection,
             problem: Problem {
                 retryable: harmless,
@@ -172,6 +172,13 @@ fn failed(error: ExchangeError, shared: &Shared, errand: &Errand<'_>) -> Tried {
                     "the connection to the worker of this object broke; {effect}"
                 ))
             },
+        },
+        // The worker has seen the request, and will see no more in it the next time.
+        ExchangeError::BrokenOff => Tried {
+            failure: Failure::Sent,
+            problem: Problem::outcome_unknown(format!(
+                "the object's answer broke off before it began; {effect}"
+            )),
         },
         ExchangeError::TimedOut => Tried {
             failure: Failure::Sent,

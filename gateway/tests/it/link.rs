@@ -323,6 +323,22 @@ fn an_answer_that_breaks_off_is_not_taken_for_a_whole_one() {
 }
 
 #[test]
+fn an_answer_that_never_begins_is_not_asked_for_again() {
+    let (front, listener) = before_listener();
+    let worker = std::thread::spawn(move || {
+        let mut worker = Worker::accept(&listener, Verdict::Accepted);
+        let stream = worker.request();
+        worker.send(|out| link::frame(out, Kind::Broken, true, stream, |_| {}));
+        let stream = worker.request();
+        worker.answer(stream, "the next request");
+    });
+    let answer = front.get("/objects/Kv/a");
+    assert_eq!((answer.status, answer.code()), (503, "unavailable"));
+    assert_eq!(front.get("/objects/Kv/a").body, b"the next request");
+    worker.join().unwrap();
+}
+
+#[test]
 fn no_bytes_of_a_worker_harm_a_gateway() {
     let seed = rand::rng().random();
     eprintln!("seed {seed}");
