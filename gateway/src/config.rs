@@ -296,10 +296,11 @@ impl Config {
         let mine = mine.flat_map(|one| [&one.cert_file, &one.key_file]);
         let upstreams = self.upstreams.values().filter_map(|pool| pool.tls.as_ref());
         let theirs = upstreams.flat_map(|tls| [&tls.ca_file, &tls.cert_file, &tls.key_file]);
-        let all = mine.chain(theirs);
-        all.filter(|file| !file.is_empty())
-            .map(PathBuf::from)
-            .collect()
+        let pem = mine.chain(theirs).filter(|file| !file.is_empty());
+        let validate = self.routes.iter().map(|route| &route.validate);
+        let validate = validate.chain([&self.objects.validate]);
+        let schemas = validate.filter_map(|rules| rules.schema_file.clone());
+        pem.map(PathBuf::from).chain(schemas).collect()
     }
 
     /// Keys that differ from `before` and are only read when a gateway starts.

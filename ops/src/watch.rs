@@ -39,7 +39,8 @@ impl Watch {
     }
 
     /// Waits until a file changed and then stayed the same for one period: half of a file is not worth
-    /// reading. Nothing is lost if this is dropped and called again.
+    /// reading, and an empty one is not seen as a change. Whoever must be sure replaces it by renaming
+    /// another. Nothing is lost if this is dropped and called again.
     pub async fn changed(&mut self) {
         if self.every.is_zero() || self.files.is_empty() {
             return std::future::pending().await;
@@ -48,7 +49,12 @@ impl Watch {
         loop {
             tokio::time::sleep(self.every).await;
             let now = look(&self.files);
-            if now == before && now != self.known {
+            // Most programs that write a file empty it first, and an empty config is a legal one.
+            let emptied = now
+                .iter()
+                .flatten()
+                .any(|(_, _, length, _, _)| *length == 0);
+            if now == before && now != self.known && !emptied {
                 self.known = now;
                 return;
             }
@@ -113,6 +119,9 @@ mod tests {
         let file = dir.path().join("a");
         std::fs::write(&file, "").unwrap();
         let mut watch = Watch::new(vec![file.clone()], EVERY);
+        std::fs::write(&file, "1").unwrap();
+        std::fs::write(&file, "").unwrap();
+        assert!(!changes(&mut watch).await, "emptied only");
         for length in 1..40 {
             std::fs::write(&file, "x".repeat(length)).unwrap();
             let waited = tokio::time::timeout(EVERY / 2, watch.changed()).await;

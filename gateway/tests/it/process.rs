@@ -133,6 +133,13 @@ impl Drop for Running {
     }
 }
 
+/// Puts a file in the place of another at once: never is there half of it.
+fn replace(file: &Path, text: &str) {
+    let beside = file.with_extension("new");
+    std::fs::write(&beside, text).unwrap();
+    std::fs::rename(&beside, file).unwrap();
+}
+
 fn route(body: &str) -> String {
     format!(
         "nodes = []\nwatch_every = '20ms'\n[[routes]]\nname = 'a'\npath = '/*'\nrespond = {{ body = '{body}' }}\n"
@@ -145,20 +152,47 @@ fn a_change_of_the_file_is_taken_and_a_bad_one_is_not() {
     std::fs::write(file.path(), route("one")).unwrap();
     let running = Running::start(file.path());
     assert_eq!(running.get("/"), "one");
-    std::fs::write(file.path(), route("two")).unwrap();
+    replace(file.path(), &route("two"));
     running.logged("config reloaded");
     assert_eq!(running.get("/"), "two");
-    std::fs::write(file.path(), route("three").replace("'/*'", "'*'")).unwrap();
+    replace(file.path(), &route("three").replace("'/*'", "'*'"));
     let line = running.logged("reload refused");
     assert!(
         line.contains("line 5: routes[0].path = \"*\" must begin with /"),
         "{line}"
     );
     assert_eq!(running.get("/"), "two");
-    std::fs::write(file.path(), format!("threads = 3\n{}", route("four"))).unwrap();
+    replace(file.path(), &format!("threads = 3\n{}", route("four")));
     let line = running.logged("take effect at the next start");
     assert!(line.contains("threads"), "{line}");
     assert_eq!(running.get("/"), "four");
+}
+
+#[test]
+fn a_change_of_a_file_that_is_named_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let schema = dir.path().join("schema.json");
+    std::fs::write(&schema, "{}").unwrap();
+    let file = dir.path().join("gateway.toml");
+    let rules = format!("{}validate.schema_file = {schema:?}\n", route("fine"));
+    std::fs::write(&file, rules).unwrap();
+    let running = Running::start(&file);
+    let post = || {
+        let agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .build();
+        let agent: ureq::Agent = agent.into();
+        let request = agent.post(&running.url).content_type("application/json");
+        request.send("7").unwrap().status().as_u16()
+    };
+    assert_eq!(post(), 200);
+    replace(&schema, r#"{"type": "string"}"#);
+    running.logged("config reloaded");
+    assert_eq!(post(), 400);
+    replace(&schema, "nonsense");
+    let line = running.logged("reload refused");
+    assert!(line.contains("routes[0].validate.schema_file"), "{line}");
+    assert_eq!(post(), 400);
 }
 
 #[test]
