@@ -13,8 +13,8 @@ use serde_json::Value as Json;
 use ureq::http::{Method, Request, Response};
 use ureq::{Agent, AsSendBody, Body};
 
-/// How long an answer may take to begin; a worker reads all of a database before it sends it.
-const ANSWER_MAX: Duration = Duration::from_secs(300);
+/// How long an answer may take to begin: a database of any size may have to be read before, and checked.
+const ANSWER_MAX: Duration = Duration::from_secs(6 * 3600);
 
 /// Bytes of an answer that is not saved in a file; rows of SQL take at most half of it.
 const ANSWER_BYTES_MAX: u64 = 64 << 20;
@@ -43,6 +43,12 @@ pub(crate) struct AdminArgs {
     /// Print JSON
     #[arg(long, global = true)]
     pub(crate) json: bool,
+}
+
+impl AdminArgs {
+    pub(crate) fn url(&self) -> &str {
+        &self.admin
+    }
 }
 
 /// One object.

@@ -5,6 +5,7 @@ mod repository;
 use std::io::{self, BufRead, BufReader, Read};
 use std::process::ExitCode;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -19,6 +20,9 @@ use repository::{Entry, Repository, RepositoryError, Summary, Writer};
 
 /// Times that a stream may break off before its backup is given up.
 const BREAKS_MAX: u32 = 10;
+
+/// Before a stream that broke off is asked for again.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Bytes of a line of a stream: an id, a class and a name, escaped.
 const LINE_BYTES_MAX: u64 = 64 << 10;
@@ -112,6 +116,14 @@ enum BackupError {
     Foreign { part: u64, line: String },
     #[error("{0}")]
     Usage(String),
+    #[error(
+        "the backup {name} lacks {failed} objects that could not be read, the first one: {first}"
+    )]
+    Lacks {
+        name: String,
+        failed: u64,
+        first: String,
+    },
     #[error("{failed} of {all} objects failed, the first one: {first}")]
     Some {
         failed: u64,
@@ -126,6 +138,7 @@ struct Line {
     began_ms: Option<u64>,
     object: Option<Object>,
     cursor: Option<String>,
+    error: Option<String>,
     bookmark: Option<String>,
     bytes: Option<u64>,
     #[serde(default)]
@@ -172,13 +185,15 @@ fn create(args: &CreateArgs) -> Result<(), BackupError> {
         None => Vec::new(),
     };
     let parts = admin.get("/backup")?["parts"].as_u64().unwrap_or(0);
-    let mut writer = Writer::new(&repository, entries)?;
+    let parent = previous.as_ref().map(|summary| summary.name.as_str());
+    let mut writer = Writer::new(&repository, parent, entries)?;
     let bar = spinner();
     let since_ms = previous.as_ref().map(|summary| summary.began_ms);
     for part in 0..parts {
         save(&admin, part, since_ms, &mut writer, &bar)?;
     }
     bar.finish_and_clear();
+    let unread = std::mem::take(&mut writer.unread);
     let made = writer.finish()?;
     let said = format!(
         "{}: {} objects, {}; {} of them, {}, since the backup before",
@@ -189,7 +204,14 @@ fn create(args: &CreateArgs) -> Result<(), BackupError> {
         show::bytes(&made.new_bytes.into()),
     );
     print_done(args.admin.json, &json!(made), &said);
-    Ok(())
+    match unread.first() {
+        None => Ok(()),
+        Some(first) => Err(BackupError::Lacks {
+            name: made.name,
+            failed: unread.len() as u64,
+            first: first.clone(),
+        }),
+    }
 }
 
 /// Saves all objects of one worker.
@@ -208,15 +230,30 @@ fn save(
             after: after.as_deref(),
         };
         let path = with_parameters(&format!("/backup/{part}"), &parameters);
-        let mut answer = admin.open(&path)?;
-        let mut stream = BufReader::with_capacity(256 << 10, answer.body_mut().as_reader());
-        match save_stream(admin, part, &mut stream, &mut after, writer, bar)? {
-            None => return Ok(()),
-            Some(source) if breaks == BREAKS_MAX => {
-                return Err(BackupError::Broken { part, source });
+        let before = after.clone();
+        let broke = match admin.open(&path) {
+            Ok(mut answer) => {
+                let mut stream = BufReader::with_capacity(256 << 10, answer.body_mut().as_reader());
+                match save_stream(admin, part, &mut stream, &mut after, writer, bar)? {
+                    None => return Ok(()),
+                    Some(error) => error,
+                }
             }
-            Some(_) => breaks += 1,
+            // A node that starts again, perhaps.
+            Err(error) if breaks > 0 || after.is_some() => io::Error::other(error),
+            Err(error) => return Err(error.into()),
+        };
+        if after != before {
+            breaks = 0;
         }
+        breaks += 1;
+        if breaks > BREAKS_MAX {
+            return Err(BackupError::Broken {
+                part,
+                source: broke,
+            });
+        }
+        std::thread::park_timeout(PAUSE);
     }
 }
 
@@ -251,6 +288,11 @@ fn save_stream(
             return Ok(None);
         }
         let object = line.object.ok_or_else(foreign)?;
+        if let Some(error) = line.error {
+            writer.unread.push(format!("object {}: {error}", object.id));
+            *after = line.cursor;
+            continue;
+        }
         let mut entry = Entry {
             id: object.id,
             class: object.class,

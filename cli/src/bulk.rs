@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::num::NonZeroU32;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -135,8 +136,12 @@ pub(crate) fn run(args: &BulkArgs) -> Result<(), AdminError> {
     }
     let head = Head {
         action: format!(
-            "{:?} class {:?} prefix {:?}",
-            args.action, args.class, args.prefix
+            "{:?} class {:?} prefix {:?} unused for {:?} at {}",
+            args.action,
+            args.class,
+            args.prefix,
+            args.unused_for,
+            args.admin.url()
         ),
     };
     let (mut outcome, known) = open(&args.outcome, &head)?;
@@ -274,7 +279,11 @@ fn undone(path: &Path) -> Result<Vec<(Object, String)>, AdminError> {
     let mut order = Vec::new();
     let mut found: HashMap<String, String> = HashMap::new();
     for line in lines(BufReader::new(file)).map_err(|source| file_error(path, source))? {
-        let Some(undo) = line.detail["undo"].as_str().filter(|_| line.done) else {
+        let changed = line.detail["changed"] != Json::Bool(false);
+        let Some(undo) = line.detail["undo"]
+            .as_str()
+            .filter(|_| line.done && changed)
+        else {
             continue;
         };
         if !found.contains_key(&line.id) {
@@ -323,20 +332,40 @@ fn open(path: &Path, head: &Head) -> Result<(File, HashSet<String>), AdminError>
             first.trim()
         )));
     }
+    end_last_line(&mut &file).map_err(failed)?;
     let done = lines(reader).map_err(failed)?.into_iter();
     let done = done.filter(|line| line.done).map(|line| line.id).collect();
     Ok((file, done))
 }
 
-/// All outcomes that were written whole.
+/// All outcomes. A line that broke off, when the command was killed, is of an object that is tried again.
 fn lines(file: impl BufRead) -> io::Result<Vec<Outcome>> {
     let mut found = Vec::new();
     for line in file.lines() {
-        if let Ok(outcome) = serde_json::from_str(&line?) {
-            found.push(outcome);
+        let line = line?;
+        if line.is_empty() || serde_json::from_str::<Head>(&line).is_ok() {
+            continue;
+        }
+        match serde_json::from_str(&line) {
+            Ok(outcome) => found.push(outcome),
+            Err(error) if error.is_eof() => {}
+            Err(error) => return Err(io::Error::other(format!("{line:?}: {error}"))),
         }
     }
     Ok(found)
+}
+
+/// What is written next begins a line of its own.
+fn end_last_line(file: &mut &File) -> io::Result<()> {
+    let mut last = [b'\n'];
+    let length = file.metadata()?.len();
+    if length > 0 {
+        file.read_exact_at(&mut last, length - 1)?;
+    }
+    if last != [b'\n'] {
+        file.write_all(b"\n")?;
+    }
+    Ok(())
 }
 
 fn write_line(file: &mut File, line: &impl Serialize) -> io::Result<()> {

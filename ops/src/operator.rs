@@ -30,6 +30,9 @@ use crate::logs::Causes;
 /// How long a worker may take to begin its answer.
 const ANSWER_MAX: Duration = Duration::from_secs(300);
 
+/// The same where a database of any size goes in, or is looked for in an archive.
+const LONG_ANSWER_MAX: Duration = Duration::from_secs(6 * 3600);
+
 /// Bytes of one worker's page of a listing: a thousand rows with long names.
 const PAGE_BYTES_MAX: usize = 8 << 20;
 
@@ -174,8 +177,14 @@ impl Front {
         // The operator's token is for this listener alone.
         headers.remove(http::header::AUTHORIZATION);
         headers.insert(headers::OPERATOR, HeaderValue::from_static("1"));
+        let path = request.uri().path();
+        let long = ["/import", "/restore", "/export", "/bookmark"];
+        let answer_max = match long.iter().any(|end| path.ends_with(end)) {
+            true => LONG_ANSWER_MAX,
+            false => ANSWER_MAX,
+        };
         let sent = exchange::send(address, self.token.as_ref(), request);
-        match tokio::time::timeout(ANSWER_MAX, sent).await {
+        match tokio::time::timeout(answer_max, sent).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error @ ExchangeError::Connect { .. })) => {
                 Err(Problem::unavailable(Causes(&error).to_string()))
@@ -184,7 +193,7 @@ impl Front {
             Ok(Err(error)) => Err(Problem::outcome_unknown(Causes(&error).to_string())),
             Err(_) => Err(Problem::new(
                 ErrorCode::TimedOut,
-                format!("worker {address} did not answer within {ANSWER_MAX:?}"),
+                format!("worker {address} did not answer within {answer_max:?}"),
             )),
         }
     }

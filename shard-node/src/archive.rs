@@ -24,18 +24,20 @@ mod snapshots;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::Path as FilePath;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use protocol::LogPosition;
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 pub use snapshots::Snapshot;
 pub(crate) use snapshots::every as snapshots_every;
 
 use crate::commit_log::record::{self, Commit, FileId, Record};
-use crate::store::{S3_SCHEME, Store, StoreError};
+use crate::store::{Store, StoreError};
 
 const MAGIC: [u8; 8] = *b"DORMPACK";
 const VERSION: u32 = 1;
@@ -47,7 +49,8 @@ const HEADER_BYTES: usize = 72;
 pub struct ArchiveConfig {
     /// Keep what leaves the commit log. Without it no object can be restored to an earlier time.
     pub enabled: bool,
-    /// Where: a directory, or `s3://bucket/prefix`. Empty: `archive` below the data directory.
+    /// Where: a directory, or `s3://bucket/prefix`, in which each node has a part of its name. Empty: `archive`
+    /// below the data directory.
     pub location: String,
     /// Objects can be restored to any time since so long ago.
     #[serde(with = "humantime_serde")]
@@ -95,16 +98,15 @@ impl ArchiveConfig {
     }
 
     /// Where the archive of a node is whose data are there.
-    pub(crate) fn place(&self, data_dir: &FilePath) -> String {
+    fn place(&self, data_dir: &FilePath, node: &str) -> String {
         if self.location.is_empty() {
             return data_dir.join("archive").to_string_lossy().into_owned();
         }
-        self.location.clone()
-    }
-
-    /// Whether a data directory does not hold it.
-    pub fn is_elsewhere(&self) -> bool {
-        self.location.starts_with(S3_SCHEME)
+        format!(
+            "{}/{}",
+            self.location.trim_end_matches('/'),
+            node.replace('/', "_")
+        )
     }
 }
 
@@ -132,6 +134,8 @@ pub struct Archive {
     config: ArchiveConfig,
     /// Headers that were read, by name, some 150 bytes each: packs never change.
     headers: Arc<Mutex<HashMap<String, (u64, Pack)>>>,
+    /// When it was last said that the bytes do not reach for the window, in milliseconds since 1970.
+    warned_ms: Arc<AtomicU64>,
 }
 
 /// A pack, as its name and header tell.
@@ -146,15 +150,21 @@ pub(crate) struct Pack {
     index: Range<u64>,
     records: Range<u64>,
     crc: u32,
+    /// Why nothing can be read of it. Its times are what its name says.
+    damage: Option<String>,
 }
 
 impl Archive {
-    /// The archive of a node whose data are there; `None` if it keeps none.
-    pub fn open(config: &ArchiveConfig, data_dir: &FilePath) -> Result<Option<Self>, ArchiveError> {
+    /// The archive of a node of this name, whose data are there; `None` if it keeps none.
+    pub fn open(
+        config: &ArchiveConfig,
+        data_dir: &FilePath,
+        node: &str,
+    ) -> Result<Option<Self>, ArchiveError> {
         if !config.enabled {
             return Ok(None);
         }
-        let store = Store::open(&config.place(data_dir))?;
+        let store = Store::open(&config.place(data_dir, node))?;
         Ok(Some(Self::new(store, config.clone())))
     }
 
@@ -163,6 +173,7 @@ impl Archive {
             store,
             config,
             headers: Arc::default(),
+            warned_ms: Arc::default(),
         }
     }
 
@@ -188,7 +199,7 @@ impl Archive {
             }
         };
         let (name, bytes) = pack(worker, start, records, times);
-        self.store.put(&name, bytes)?;
+        self.store.put(&name, &bytes)?;
         Ok(())
     }
 
@@ -211,7 +222,13 @@ impl Archive {
         if let Some((_, pack)) = known.filter(|(known, _)| *known == size) {
             return Ok(pack);
         }
-        let pack = self.read_header(name, size)?;
+        let pack = match self.read_header(&name, size) {
+            Err(ArchiveError::Damaged { what, .. }) => {
+                warn!(pack = name, what, "a part of the archive is damaged");
+                return Pack::damaged(name, size, what);
+            }
+            pack => pack?,
+        };
         self.headers()
             .insert(pack.name.clone(), (size, pack.clone()));
         Ok(pack)
@@ -221,15 +238,15 @@ impl Archive {
         self.headers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read_header(&self, name: String, size: u64) -> Result<Pack, ArchiveError> {
+    fn read_header(&self, name: &str, size: u64) -> Result<Pack, ArchiveError> {
         let damaged = |what: &str| ArchiveError::Damaged {
-            name: name.clone(),
+            name: name.to_owned(),
             what: what.to_owned(),
         };
         if size < HEADER_BYTES as u64 {
             return Err(damaged("it is shorter than its header"));
         }
-        let bytes = self.store.get_range(&name, 0..HEADER_BYTES as u64)?;
+        let bytes = self.store.get_range(name, 0..HEADER_BYTES as u64)?;
         if bytes.len() != HEADER_BYTES || bytes[..8] != MAGIC {
             return Err(damaged("it does not begin like a pack"));
         }
@@ -252,7 +269,8 @@ impl Archive {
             index,
             records,
             crc: u32_at(12),
-            name,
+            name: name.to_owned(),
+            damage: None,
         })
     }
 
@@ -267,6 +285,9 @@ impl Archive {
             name: pack.name.clone(),
             what,
         };
+        if let Some(damage) = &pack.damage {
+            return Err(damaged(damage.clone()).into());
+        }
         let offsets = {
             let head = self.range(pack, 0..pack.index.end)?;
             if crc32c::crc32c(&head[16..]) != pack.crc {
@@ -341,11 +362,58 @@ impl Archive {
             if !old && sum <= self.config.bytes_max {
                 break;
             }
+            if !old {
+                self.warn_of_window(worker, last_ms, now);
+            }
             sum -= bytes;
             self.store.delete(&name)?;
             self.headers().remove(&name);
         }
         Ok(())
+    }
+}
+
+impl Archive {
+    /// Says once a day that less is kept than the window wants.
+    fn warn_of_window(&self, worker: u16, last_ms: u64, now: u64) {
+        let age = Duration::from_millis(now.saturating_sub(last_ms));
+        let warned = self.warned_ms.load(Ordering::Relaxed);
+        if age < self.config.window && now.saturating_sub(warned) > 86_400_000 {
+            self.warned_ms.store(now, Ordering::Relaxed);
+            warn!(
+                worker,
+                kept_for = ?age,
+                "archive.bytes_max is too little for archive.window: what is older is removed"
+            );
+        }
+    }
+}
+
+impl Pack {
+    /// One of which only the name can be believed: `{worker}/{first time}-{first position}.pack`.
+    fn damaged(name: String, size: u64, what: String) -> Result<Self, ArchiveError> {
+        let parse = || {
+            let (directory, file) = name.rsplit_once('/')?;
+            let (time, start) = file.strip_suffix(".pack")?.split_once('-')?;
+            let worker = directory.rsplit('/').next()?.parse().ok()?;
+            let start = u64::from_str_radix(start, 16).ok()?;
+            Some((worker, time.parse().ok()?, LogPosition(start)))
+        };
+        let Some((worker, first_ms, start)) = parse() else {
+            return Err(ArchiveError::Damaged { name, what });
+        };
+        Ok(Self {
+            worker,
+            start,
+            end: start,
+            first_ms,
+            last_ms: first_ms,
+            index: 0..0,
+            records: 0..size,
+            crc: 0,
+            damage: Some(what),
+            name,
+        })
     }
 }
 

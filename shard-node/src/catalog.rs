@@ -159,6 +159,8 @@ pub struct Query {
     /// Keys of a time or a size from the first and before the second.
     pub from: Option<u64>,
     pub below: Option<u64>,
+    /// Leave out objects with an alarm.
+    pub without_alarm: bool,
     /// The rows after this one.
     pub after: Option<Place>,
     pub limit: u32,
@@ -173,6 +175,7 @@ impl Default for Query {
             descending: false,
             from: None,
             below: None,
+            without_alarm: false,
             after: None,
             limit: 100,
         }
@@ -429,6 +432,9 @@ fn search_class(
     } else {
         (">", "ASC")
     };
+    if query.without_alarm {
+        sql.push_str(" AND alarm_ms IS NULL");
+    }
     let mut values: Vec<Box<dyn ToSql>> = vec![Box::new(class.to_owned())];
     let mut condition = |text: &str, value: Box<dyn ToSql>| {
         values.push(value);

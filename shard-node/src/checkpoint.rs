@@ -36,7 +36,7 @@ pub(crate) struct Flush {
 /// What the thread is to do next.
 pub(crate) enum Job {
     Flush(Vec<Flush>),
-    /// Remove segments that end before the position, to the archive if there is one. And the time.
+    /// Remove the first segment if it ends before the position, to the archive if there is one. And the time.
     Retire(LogPosition, u64),
 }
 
@@ -178,8 +178,8 @@ impl Checkpointer {
         job.map(|job| self.perform(job)).is_some()
     }
 
-    /// Removes segments from the log, each durably before the next, so that no crash leaves a gap; and into
-    /// the archive before.
+    /// Removes the first segment from the log, durably, and into the archive before. One at a time, so that
+    /// no crash leaves a gap.
     pub(crate) fn retire(&self, needed: LogPosition, now: u64) -> io::Result<Done> {
         let Shared {
             archive,
@@ -189,7 +189,7 @@ impl Checkpointer {
             log_directory,
             ..
         } = &*self.0;
-        while let Some((first, end)) = log.first_before(needed) {
+        if let Some((first, end)) = log.first_before(needed) {
             let path = segment::path(log_directory, first.sequence);
             if let Some(archive) = archive
                 && let Some(records) = segment::records(&**disk, &path, first, end)?
@@ -207,6 +207,7 @@ impl Checkpointer {
             log.forget_first();
         }
         if let Some(archive) = archive
+            && log.first_before(needed).is_none()
             && let Err(error) = archive.prune(*worker, now)
         {
             warn!(error = %ops::Causes(&error), "the archive could not be pruned");

@@ -474,6 +474,8 @@ impl Writer {
             sequence: self.next_sequence,
             start,
             worker: self.worker,
+            // Its commits tell.
+            latest_ms: 0,
         };
         let segment = Segment::create(&*self.disk, &self.directory, header, self.segment_bytes)?;
         self.next_sequence += 1;

@@ -6,8 +6,9 @@
 //! like any other object, as long as the archive has it.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -109,10 +110,39 @@ pub(crate) fn open_stores(config: &ExpiryConfig) -> Result<Stores, StoreError> {
         .collect()
 }
 
+const SINCE: &str = "expiry.json";
+
+/// Since when each class expires, in milliseconds since 1970. Before that, uses that only read were not
+/// noted, so an object counts as used then. Kept in the data directory.
+pub(crate) fn since(
+    config: &ExpiryConfig,
+    data_dir: &Path,
+    now: u64,
+) -> io::Result<BTreeMap<String, u64>> {
+    let path = data_dir.join(SINCE);
+    let known: BTreeMap<String, u64> = match std::fs::read(&path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_default(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
+        Err(error) => return Err(error),
+    };
+    let classes = config.classes.keys();
+    let since: BTreeMap<String, u64> = classes
+        .map(|class| (class.clone(), known.get(class).copied().unwrap_or(now)))
+        .collect();
+    if since != known {
+        let bytes = serde_json::to_vec(&since)?;
+        let new = data_dir.join("expiry.json.new");
+        std::fs::write(&new, bytes)?;
+        std::fs::rename(&new, &path)?;
+    }
+    Ok(since)
+}
+
 /// What makes objects of one worker go.
 pub(crate) struct Sweeper {
     pub(crate) config: Arc<ExpiryConfig>,
     pub(crate) stores: Stores,
+    pub(crate) since: Arc<BTreeMap<String, u64>>,
     pub(crate) host: Rc<Host>,
     pub(crate) engine: Logged,
     pub(crate) catalogs: Vec<(Home, ShardId)>,
@@ -148,6 +178,10 @@ impl Sweeper {
         loop {
             interval.tick().await;
             for (class, expiry) in &self.config.classes {
+                let since = self.since.get(class).copied().unwrap_or(u64::MAX);
+                if since >= self.used_before(expiry) {
+                    continue;
+                }
                 for (home, shard) in &self.catalogs {
                     if let Err(error) = self.sweep(class, expiry, *home, *shard).await {
                         warn!(class, %shard, error = %Causes(&error), "objects that nobody uses could not be looked for");
@@ -171,8 +205,10 @@ impl Sweeper {
             while self.engine.write_some_notes() {
                 tokio::task::yield_now().await;
             }
+            tokio::task::yield_now().await;
             let query = Query {
                 class: Some(class.to_owned()),
+                without_alarm: true,
                 order: Order::Used,
                 below: Some(self.used_before(expiry)),
                 after,
@@ -236,7 +272,7 @@ impl Sweeper {
             put.await??;
         }
         // From here to the deletion nothing else happens on this thread.
-        while self.engine.write_some_notes() {}
+        self.engine.write_notes()?;
         let Some(now) = self.engine.find(id, shard)? else {
             return Ok(false);
         };

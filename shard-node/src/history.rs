@@ -7,6 +7,7 @@
 //!
 //! Neither records nor pages are held in memory: both are put into files.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
@@ -94,24 +95,33 @@ impl History {
         let mut tries = 0;
         let live = loop {
             tries += 1;
-            match self.live_records(spool) {
+            match self.live_records(at, spool) {
                 Err(HistoryError::Log(_)) if tries < TRIES => {}
                 live => break live?,
             }
         };
         let (mut records, live_start) = live;
+        let mut fronts: BTreeMap<u16, Front> = BTreeMap::new();
         let mut snapshots = archive.snapshots(self.file)?;
         records.snapshot = snapshots.pop_if(|last| last.bookmark <= at);
         while records.snapshot.is_none() && snapshots.pop().is_some() {
             records.snapshot = snapshots.pop_if(|last| last.bookmark <= at);
         }
         let mut packs = archive.packs(None)?;
+        for pack in &packs {
+            let front = fronts.entry(pack.worker).or_insert(Front {
+                first_ms: pack.first_ms,
+                start: pack.start,
+            });
+            front.first_ms = front.first_ms.min(pack.first_ms);
+            front.start = front.start.min(pack.start);
+        }
         packs.sort_by_key(|pack| std::cmp::Reverse((pack.last_ms, pack.start)));
         let mut read = Vec::new();
         for pack in packs {
             // All that is later than the time must be known; then older ones until there is a base, and
             // everything since that.
-            let reached = match records.find(at) {
+            let reached = match records.find() {
                 Found::Nothing => None,
                 Found::Snapshot => records.snapshot.as_ref().map(|base| base.bookmark),
                 Found::Unchanged | Found::Base(_) | Found::NotYet => Some(at),
@@ -125,25 +135,33 @@ impl History {
             read.push(pack);
         }
         check_whole(&mut read, self.worker, live_start)?;
-        match records.find(at) {
+        let found = records.find();
+        let complete = records.is_complete(found, &fronts, (self.worker, live_start));
+        match found {
             Found::Unchanged => Ok(AsOf::AsItIs),
-            Found::Snapshot => records.rebuild(None, at, archive, spool),
-            Found::Base(first) => records.rebuild(Some(first), at, archive, spool),
+            Found::Snapshot if complete => records.rebuild(None, archive, spool),
+            Found::Base(base) if complete => records.rebuild(Some(base), archive, spool),
             Found::NotYet => Err(HistoryError::DidNotExist(at)),
-            Found::Nothing => Err(HistoryError::OutOfWindow {
+            Found::Nothing | Found::Snapshot | Found::Base(_) => Err(HistoryError::OutOfWindow {
                 asked: at,
-                first: match (records.kept.first(), self.changed) {
-                    (Some(first), _) => first.bookmark,
-                    (None, Some(changed)) => changed,
-                    (None, None) => return Err(HistoryError::DidNotExist(at)),
+                first: match (records.next, records.kept.first(), self.changed) {
+                    (Some(next), None, _) => next.bookmark,
+                    (Some(next), Some(_), _) if !complete => next.bookmark,
+                    (_, Some(first), _) => first.bookmark,
+                    (None, None, Some(changed)) => changed,
+                    (None, None, None) => return Err(HistoryError::DidNotExist(at)),
                 },
             }),
         }
     }
 
     /// What the log has of an object, and where the log begins.
-    fn live_records(&self, spool: &Path) -> Result<(Records, LogPosition), HistoryError> {
-        let mut records = Records::new(spool)?;
+    fn live_records(
+        &self,
+        at: Bookmark,
+        spool: &Path,
+    ) -> Result<(Records, LogPosition), HistoryError> {
+        let mut records = Records::new(at, spool)?;
         let mut failed = None;
         let found = replay(
             &*self.disk,
@@ -164,6 +182,12 @@ impl History {
         let starts = found.segments.iter().map(|segment| segment.header.start);
         Ok((records, starts.min().unwrap_or(self.durable)))
     }
+}
+
+/// Where what is kept of a worker begins.
+struct Front {
+    first_ms: u64,
+    start: LogPosition,
 }
 
 /// What was read of each worker follows without a gap, up to where the log begins. (A worker whose data
@@ -226,7 +250,7 @@ enum Found {
     /// Nothing came after it.
     Unchanged,
     /// From this record on the object can be rebuilt.
-    Base(usize),
+    Base(Base),
     /// From the snapshot on.
     Snapshot,
     /// The object begins after it.
@@ -235,9 +259,23 @@ enum Found {
     Nothing,
 }
 
-/// Records of one object, some 80 bytes of memory each.
+/// A base in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Base {
+    /// From before the time: so many records come before it.
+    Kept(usize),
+    /// The first record after the time, which shows what was before it.
+    Next,
+}
+
+/// Records of one object up to a time, some 80 bytes of memory each, and the first one after it.
 struct Records {
+    at: Bookmark,
     kept: Vec<Kept>,
+    sorted: bool,
+    next: Option<Kept>,
+    /// Whose records these are, and those after the time.
+    workers: BTreeSet<u16>,
     /// Their bytes, one after the other.
     spool: File,
     spooled: u64,
@@ -246,9 +284,13 @@ struct Records {
 }
 
 impl Records {
-    fn new(spool: &Path) -> io::Result<Self> {
+    fn new(at: Bookmark, spool: &Path) -> io::Result<Self> {
         Ok(Self {
+            at,
             kept: Vec::new(),
+            sorted: true,
+            next: None,
+            workers: BTreeSet::new(),
             spool: unnamed_file(spool)?,
             spooled: 0,
             snapshot: None,
@@ -268,9 +310,9 @@ impl Records {
             None if commit.from_empty => Says::FromEmpty,
             None => Says::Nothing,
         };
-        self.spool.write_all(commit.raw)?;
+        self.workers.insert(worker);
         let contradiction = |_| HistoryError::Contradiction(position);
-        self.kept.push(Kept {
+        let kept = Kept {
             bookmark: Bookmark {
                 unix_millis: commit.head.unix_millis,
                 position: position.after(commit.raw.len()),
@@ -280,54 +322,99 @@ impl Records {
             at: self.spooled,
             bytes: u32::try_from(commit.raw.len()).map_err(contradiction)?,
             says,
-        });
+        };
+        if kept.bookmark > self.at {
+            if self.next.is_some_and(|next| next.bookmark <= kept.bookmark) {
+                return Ok(());
+            }
+            self.next = Some(kept);
+            if !matches!(says, Says::Base(_)) {
+                return Ok(());
+            }
+        } else {
+            self.kept.push(kept);
+            self.sorted = false;
+        }
+        self.spool.write_all(commit.raw)?;
         self.spooled += commit.raw.len() as u64;
         Ok(())
     }
 
     /// Puts records in order, and looks for what the object is rebuilt from.
-    fn find(&mut self, at: Bookmark) -> Found {
-        self.kept.sort_unstable();
-        // A segment may be in the log and in the archive for a moment.
-        self.kept.dedup_by_key(|kept| (kept.worker, kept.bookmark));
+    fn find(&mut self) -> Found {
+        if !self.sorted {
+            self.kept.sort_unstable();
+            // A segment may be in the log and in the archive for a moment.
+            self.kept.dedup_by_key(|kept| (kept.worker, kept.bookmark));
+            self.sorted = true;
+        }
         let mut snapshot = self.snapshot.as_ref();
         let mut base = None;
         for (number, kept) in self.kept.iter().enumerate() {
-            if kept.bookmark <= at {
-                match kept.says {
-                    Says::Nothing => {}
-                    Says::Base(_) | Says::FromEmpty | Says::Deleted => base = Some(number),
-                    Says::Replaced => {
-                        base = None;
-                        snapshot = snapshot.filter(|it| it.bookmark >= kept.bookmark);
-                    }
+            match kept.says {
+                Says::Nothing => {}
+                Says::Base(_) | Says::FromEmpty | Says::Deleted => base = Some(number),
+                Says::Replaced => {
+                    base = None;
+                    snapshot = snapshot.filter(|it| it.bookmark >= kept.bookmark);
                 }
-                continue;
             }
-            // The first one after the time.
-            return match (base, kept.says) {
-                (Some(base), _)
-                    if snapshot.is_none_or(|it| it.bookmark < self.kept[base].bookmark) =>
-                {
-                    Found::Base(base)
-                }
-                _ if snapshot.is_some() => Found::Snapshot,
-                (_, Says::Base(since)) if since <= at => Found::Base(number),
-                (_, Says::FromEmpty) => Found::NotYet,
-                _ => Found::Nothing,
+        }
+        let Some(next) = self.next else {
+            return match base {
+                None if snapshot.is_none() => Found::Nothing,
+                _ => Found::Unchanged,
             };
+        };
+        match (base, next.says) {
+            // Nothing had changed since the time, whatever came before that.
+            (_, Says::Base(since)) if since <= self.at => Found::Base(Base::Next),
+            (Some(base), _) if snapshot.is_none_or(|it| it.bookmark < self.kept[base].bookmark) => {
+                Found::Base(Base::Kept(base))
+            }
+            _ if snapshot.is_some() => Found::Snapshot,
+            // A file is put where nothing was.
+            (_, Says::FromEmpty | Says::Replaced) => Found::NotYet,
+            _ => Found::Nothing,
         }
-        match base {
-            None if snapshot.is_none() => Found::Nothing,
-            _ => Found::Unchanged,
-        }
+    }
+
+    /// Whether nothing can be missing between what the object is rebuilt from and the time: of every worker
+    /// that had the object, what is kept begins before that.
+    fn is_complete(
+        &self,
+        found: Found,
+        fronts: &BTreeMap<u16, Front>,
+        (worker, live_start): (u16, LogPosition),
+    ) -> bool {
+        let (since, base) = match found {
+            Found::Base(Base::Kept(number)) => {
+                (self.kept[number].bookmark, Some(self.kept[number]))
+            }
+            Found::Snapshot => match &self.snapshot {
+                Some(snapshot) => (snapshot.bookmark, None),
+                None => return false,
+            },
+            Found::Base(Base::Next) | Found::Unchanged | Found::NotYet | Found::Nothing => {
+                return true;
+            }
+        };
+        self.workers.iter().all(|of| {
+            let at_its_own = base.is_some_and(|base| base.worker == *of);
+            match fronts.get(of) {
+                _ if at_its_own => true,
+                Some(front) => {
+                    front.start == LogPosition::ZERO || front.first_ms <= since.unix_millis
+                }
+                None => *of == worker && live_start == LogPosition::ZERO,
+            }
+        })
     }
 
     /// Applies a base, the snapshot if it is no record, and what follows it, up to the time.
     fn rebuild(
         mut self,
-        base: Option<usize>,
-        at: Bookmark,
+        base: Option<Base>,
         archive: &Archive,
         spool: &Path,
     ) -> Result<AsOf, HistoryError> {
@@ -338,13 +425,13 @@ impl Records {
             pages.page_bytes = u64::from(page_bytes);
             after = Some(snapshot.bookmark);
         }
-        let first = base.unwrap_or(0);
+        let (first, next) = match base {
+            None => (0, None),
+            Some(Base::Kept(number)) => (number, None),
+            Some(Base::Next) => (self.kept.len(), self.next),
+        };
         let mut bytes = Vec::new();
-        for (number, kept) in self.kept.iter().enumerate().skip(first) {
-            // A base from after the time shows what was before it.
-            if base != Some(number) && kept.bookmark > at {
-                break;
-            }
+        for kept in self.kept[first..].iter().chain(&next) {
             if after.is_some_and(|after| kept.bookmark <= after) {
                 continue;
             }
@@ -361,7 +448,7 @@ impl Records {
         }
         let bytes = pages.file.as_file().metadata()?.len();
         if bytes == 0 {
-            return Err(HistoryError::DidNotExist(at));
+            return Err(HistoryError::DidNotExist(self.at));
         }
         pages.file.as_file_mut().rewind()?;
         Ok(AsOf::Database(Past {

@@ -464,6 +464,10 @@ impl Host {
         self.objects.borrow_mut().remove(&object.id());
         self.metrics.evictions.increment(1);
         self.metrics.awake(object.class.name()).decrement(1);
+        if object.use_told.get().is_some() {
+            // Its last use may have begun long ago.
+            self.note_use(object, Instant::now());
+        }
         if let Some(at) = object.break_up() {
             let name = object.context.storage().known_name();
             self.restore(address_of(object, name), at);

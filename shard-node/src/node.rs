@@ -21,10 +21,10 @@ use tracing::{info, warn};
 
 use crate::archive::{Archive, ArchiveError};
 use crate::classes::Classes;
-use crate::clock::SystemClock;
+use crate::clock::{Clock, SystemClock};
 use crate::config::{Args, Config};
 use crate::data_dir::{DataDir, DataDirError};
-use crate::expiry::open_stores;
+use crate::expiry::{self, open_stores};
 use crate::host::HostConfig;
 use crate::storage::heap;
 use crate::storage::logged::OpenError;
@@ -97,7 +97,7 @@ impl Node {
             .iter()
             .map(|_| data_dir.disk())
             .collect::<Result<_, _>>()?;
-        let archive = Archive::open(&config.archive, data_dir.path())?;
+        let archive = Archive::open(&config.archive, data_dir.path(), &config.name)?;
         let mut recovering = Vec::new();
         let host = HostConfig {
             mailbox: config.mailbox.clone(),
@@ -115,6 +115,9 @@ impl Node {
             ))));
         }
         let expired_to = open_stores(&config.expiry)?;
+        let expires_since =
+            expiry::since(&config.expiry, data_dir.path(), SystemClock.unix_millis());
+        let expires_since = Arc::new(expires_since.map_err(StoreError::from)?);
         let mut threads = Vec::with_capacity(listeners.len());
         for (number, (listener, disk)) in (0..).zip(listeners.into_iter().zip(disks)) {
             let me = ring
@@ -140,6 +143,7 @@ impl Node {
                 disk,
                 archive: archive.clone(),
                 expired_to: expired_to.clone(),
+                expires_since: Arc::clone(&expires_since),
                 log: config.log.clone(),
                 orphans: std::mem::take(&mut orphans),
                 recovered,

@@ -70,6 +70,8 @@ pub(crate) struct Operator {
     pub(crate) sql: Arc<SqlConfig>,
     /// One import at a time: each holds its database in memory several times over.
     pub(crate) importing: tokio::sync::Semaphore,
+    /// Two restores at a time look into the archive.
+    pub(crate) looking_back: tokio::sync::Semaphore,
     /// Where files lie that are on their way out.
     pub(crate) spool: std::path::PathBuf,
 }
@@ -231,6 +233,7 @@ impl Operator {
             descending: parameters.descending,
             from: parameters.from,
             below: parameters.below,
+            without_alarm: false,
             after: None,
             limit: parameters.limit.unwrap_or(PAGE_ROWS),
         };
@@ -308,7 +311,14 @@ impl Operator {
     }
 
     async fn delete(&self, object: &Address) -> Answer {
-        let row = self.row(object).await?;
+        let row = match self.row(object).await {
+            Ok(row) => json!(row),
+            // A death at the wrong moment can leave an object that the catalog does not know.
+            Err(unknown) => match self.engine.exists(object.id, object.shard) {
+                Ok(true) => json!({ "id": object.id.to_string() }),
+                _ => return Err(unknown),
+            },
+        };
         self.host.take_out(object.id);
         self.engine
             .delete(object.id, object.shard)

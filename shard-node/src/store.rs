@@ -11,10 +11,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::TryStreamExt;
-use object_store::aws::AmazonS3Builder;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload, RetryConfig, WriteMultipart};
+use object_store::{
+    ClientConfigKey, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig, WriteMultipart,
+};
 use tokio::runtime::Runtime;
 
 /// Bytes that are sent or received at once of a file that may be large. S3 wants at least 5 MiB of all
@@ -23,6 +25,9 @@ const PART_BYTES: usize = 8 << 20;
 
 /// Parts of one file under way at once.
 const PARTS_MAX: usize = 2;
+
+/// How long one part may take.
+const PART_TIME_MAX: &str = "120 s";
 
 /// How long one call tries again before it gives up.
 const RETRY_TIME_MAX: Duration = Duration::from_secs(20);
@@ -81,6 +86,10 @@ impl Store {
         drop(rustls::crypto::ring::default_provider().install_default());
         let files = AmazonS3Builder::from_env()
             .with_bucket_name(bucket)
+            .with_config(
+                AmazonS3ConfigKey::Client(ClientConfigKey::Timeout),
+                PART_TIME_MAX,
+            )
             .with_retry(RetryConfig {
                 retry_timeout: RETRY_TIME_MAX,
                 ..RetryConfig::default()
@@ -104,14 +113,12 @@ impl Store {
     }
 
     /// Stores bytes durably, in the place of what has the name.
-    pub fn put(&self, name: &str, bytes: Vec<u8>) -> Result<(), StoreError> {
-        let name = self.path(name);
-        self.wait(self.files.put(&name, PutPayload::from(bytes)))?;
-        Ok(())
+    pub fn put(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        self.put_file(name, &mut io::Cursor::new(bytes))
     }
 
     /// Stores what follows in a file, durably; it is there whole or not at all.
-    pub fn put_file(&self, name: &str, file: &mut File) -> Result<(), StoreError> {
+    pub fn put_file(&self, name: &str, file: &mut impl Read) -> Result<(), StoreError> {
         let name = self.path(name);
         let mut part = vec![0; PART_BYTES];
         let mut filled = fill(file, &mut part)?;
@@ -228,7 +235,7 @@ impl Store {
 }
 
 /// Reads until a buffer is full or the file ends.
-fn fill(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+fn fill(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
         match file.read(&mut buffer[filled..]) {

@@ -1,5 +1,6 @@
 //! One thread with everything it owns: a listener, a host and its objects. Workers share nothing.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpListener;
 use std::panic::AssertUnwindSafe;
@@ -58,6 +59,8 @@ pub(crate) struct Worker {
     pub(crate) archive: Option<Archive>,
     /// Where databases of objects go that expire.
     pub(crate) expired_to: Stores,
+    /// Since when classes expire.
+    pub(crate) expires_since: Arc<BTreeMap<String, u64>>,
     pub(crate) log: LogConfig,
     pub(crate) token: Option<Arc<str>>,
     pub(crate) clock: Arc<dyn Clock>,
@@ -85,9 +88,14 @@ impl Worker {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
+        let drain_max = self.drain_max;
         std::thread::Builder::new()
             .name(format!("worker-{}", self.number))
-            .spawn(move || abort_on_panic(|| LocalSet::new().block_on(&runtime, self.run())))
+            .spawn(move || {
+                abort_on_panic(|| LocalSet::new().block_on(&runtime, self.run()));
+                // A copy that goes to a slow archive is of no use any more.
+                runtime.shutdown_timeout(drain_max);
+            })
     }
 
     async fn run(mut self) {
@@ -135,6 +143,7 @@ impl Worker {
             clock: Arc::clone(&self.clock),
             sql: Arc::clone(&self.host.sql),
             importing: tokio::sync::Semaphore::new(1),
+            looking_back: tokio::sync::Semaphore::new(2),
             spool: spool.clone(),
         });
         let restorer = Rc::downgrade(&operator);
@@ -149,7 +158,7 @@ impl Worker {
         let server = Rc::new(Server {
             operator,
             host: Rc::clone(&host),
-            ring: self.ring,
+            ring: Arc::clone(&self.ring),
             me: self.me,
             classes: self.classes,
             token: self.token,
@@ -163,12 +172,14 @@ impl Worker {
                 spool: spool.clone(),
                 clock: Arc::clone(&self.clock),
                 metrics: Rc::clone(&metrics),
+                ring: Arc::clone(&self.ring),
             };
             tokio::task::spawn_local(or_abort(keeper.run()))
         });
         let sweeper = Sweeper {
             config: Arc::clone(&self.host.expiry),
             stores: self.expired_to.clone(),
+            since: Arc::clone(&self.expires_since),
             host: Rc::clone(&host),
             engine: engine.clone(),
             catalogs: catalogs.clone(),

@@ -4,6 +4,7 @@
 //! |------|-------|
 //! | `backups/{name}.json` | what a backup is: written last, so a backup without it is none |
 //! | `backups/{name}.objects` | a line of JSON per object: where its database is |
+//! | `backups/{name}.pending` | a backup that is being made, and the name of the one before, which it builds on |
 //! | `data/{name}/{number}.pack` | small databases, one after the other |
 //! | `data/{name}/{id}.db` | a large one, a file of SQLite |
 //!
@@ -197,15 +198,29 @@ impl Repository {
         Ok(())
     }
 
-    /// Removes all backups but the last ones, and what none of these needs; their names.
+    /// Removes all backups but the last ones, and what none of these needs; their names. What is being made
+    /// stays, and what it builds on.
     pub(crate) fn prune(&self, keep: usize) -> Result<Vec<String>, RepositoryError> {
+        let mut pending = BTreeSet::new();
+        for (name, _) in self.0.list(BACKUPS)? {
+            let Some(made) = name.strip_suffix(".pending") else {
+                continue;
+            };
+            pending.extend(made.rsplit('/').next().map(str::to_owned));
+            pending.insert(String::from_utf8_lossy(&self.0.get(&name)?).into_owned());
+        }
         let all = self.summaries()?;
-        let (gone, kept) = all.split_at(all.len().saturating_sub(keep));
+        let mut left = all.len();
+        let is_kept = |summary: &&Summary| {
+            left -= 1;
+            left < keep || pending.contains(&summary.name)
+        };
+        let (kept, gone): (Vec<&Summary>, Vec<&Summary>) = all.iter().partition(is_kept);
         let mut needed = BTreeSet::new();
-        for summary in kept {
+        for summary in &kept {
             needed.extend(self.entries(summary)?.into_iter().map(|entry| entry.file));
         }
-        for summary in gone {
+        for summary in &gone {
             self.0.delete(&format!("{BACKUPS}/{}.json", summary.name))?;
             self.0
                 .delete(&format!("{BACKUPS}/{}.objects", summary.name))?;
@@ -214,7 +229,8 @@ impl Repository {
         let latest = all.last().map(|summary| summary.name.as_str());
         for (file, _) in self.0.list(DATA)? {
             let of = file.split('/').nth(1);
-            if of <= latest && !needed.contains(&file) {
+            let pending = of.is_some_and(|of| pending.contains(of));
+            if of <= latest && !pending && !needed.contains(&file) {
                 self.0.delete(&file)?;
             }
         }
@@ -232,12 +248,16 @@ pub(crate) struct Writer<'r> {
     pack_bytes: u64,
     packs: u32,
     pub(crate) summary: Summary,
+    /// What could not be read, and why.
+    pub(crate) unread: Vec<String>,
+    finished: bool,
 }
 
 impl<'r> Writer<'r> {
-    /// `previous` is what unchanged objects are looked for in.
+    /// `previous` is what unchanged objects are looked for in, of the backup `parent`.
     pub(crate) fn new(
         repository: &'r Repository,
+        parent: Option<&str>,
         previous: Vec<Entry>,
     ) -> Result<Self, RepositoryError> {
         let now = UNIX_EPOCH + Duration::from_millis(SystemClock.unix_millis());
@@ -246,8 +266,14 @@ impl<'r> Writer<'r> {
             .chars()
             .filter(|each| each.is_ascii_alphanumeric())
             .collect();
+        let pending = format!("{BACKUPS}/{name}.pending");
+        repository
+            .0
+            .put(&pending, parent.unwrap_or_default().as_bytes())?;
         let previous = previous.into_iter();
         Ok(Self {
+            unread: Vec::new(),
+            finished: false,
             store: &repository.0,
             previous: previous.map(|entry| (entry.id.clone(), entry)).collect(),
             objects: BufWriter::new(tempfile::tempfile()?),
@@ -331,17 +357,29 @@ impl<'r> Writer<'r> {
     /// From here on the backup counts.
     pub(crate) fn finish(mut self) -> Result<Summary, RepositoryError> {
         self.put_pack()?;
-        let mut objects = self
-            .objects
-            .into_inner()
-            .map_err(io::IntoInnerError::into_error)?;
+        self.objects.flush()?;
+        let mut objects = self.objects.get_ref();
         objects.rewind()?;
         let name = format!("{BACKUPS}/{}", self.name);
         self.store
             .put_file(&format!("{name}.objects"), &mut objects)?;
         let summary = serde_json::to_vec(&self.summary).map_err(io::Error::from)?;
-        self.store.put(&format!("{name}.json"), summary)?;
-        Ok(self.summary)
+        self.store.put(&format!("{name}.json"), &summary)?;
+        self.finished = true;
+        self.store.delete(&format!("{name}.pending"))?;
+        Ok(self.summary.clone())
+    }
+}
+
+impl Drop for Writer<'_> {
+    fn drop(&mut self) {
+        if !self.finished {
+            // What it has stored goes with the next prune.
+            drop(
+                self.store
+                    .delete(&format!("{BACKUPS}/{}.pending", self.name)),
+            );
+        }
     }
 }
 

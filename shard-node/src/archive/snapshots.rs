@@ -4,11 +4,12 @@
 //! at the bookmark, and behind them 16 bytes: `"DORMSNAP"`, CRC32C of the pages, bytes of a page. So it is
 //! also a file that stock SQLite can open.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::time::Duration;
 
-use protocol::Bookmark;
+use protocol::{Bookmark, ObjectId};
 
 use super::{Archive, ArchiveError};
 use crate::commit_log::record::FileId;
@@ -41,6 +42,26 @@ pub(crate) fn every(bytes: u64) -> Duration {
 }
 
 impl Archive {
+    /// The newest copy of each database that a worker has copied, if that is old: half a window, and it
+    /// should be copied again, or the window will end in nothing. Blocks.
+    pub(crate) fn old_snapshots(&self, worker: u16, now: u64) -> Result<Vec<FileId>, ArchiveError> {
+        let mut newest: HashMap<FileId, u64> = HashMap::new();
+        for found in self.snapshots_of_worker(worker)? {
+            let id = found
+                .name
+                .rsplit('/')
+                .nth(1)
+                .and_then(|id| id.parse::<ObjectId>().ok());
+            if let Some(id) = id {
+                let time = newest.entry(id.into()).or_default();
+                *time = found.bookmark.unix_millis.max(*time);
+            }
+        }
+        let half = u64::try_from((self.config.window / 2).as_millis()).unwrap_or(u64::MAX);
+        newest.retain(|_, time| time.saturating_add(half) < now);
+        Ok(newest.into_keys().collect())
+    }
+
     /// Copies of an object's database, oldest first. Blocks.
     pub fn snapshots(&self, file: FileId) -> Result<Vec<Snapshot>, ArchiveError> {
         let listed = self.store.list(&format!("{DIRECTORY}/{file}"))?;

@@ -52,7 +52,10 @@ use protocol::{Bookmark, ClassName, Epoch, Home, LogPosition, ObjectId, ObjectNa
 use crate::alarm::{AlarmState, DeadLetter, Pending, clip};
 
 /// Version of this format, in the header of every segment.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+
+/// The oldest version that is understood: it lacks flag 16 of commits and the time in headers of segments.
+pub const VERSION_MIN: u32 = 1;
 
 /// Bytes that every record begins with.
 const PREFIX_BYTES: usize = 12;

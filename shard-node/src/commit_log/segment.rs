@@ -8,7 +8,8 @@
 //! | 16 | 8 | sequence number |
 //! | 24 | 8 | position of the first record |
 //! | 32 | 2 | worker |
-//! | 34 | 30 | 0 |
+//! | 34 | 8 | the latest time of a commit before, milliseconds since 1970; 0: unknown |
+//! | 42 | 22 | 0 |
 //!
 //! A header is durable before the first record is written. Records of earlier segments count only up to
 //! the position in the header: whatever else those files hold was never acknowledged.
@@ -18,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use protocol::LogPosition;
 
-use super::record::VERSION;
+use super::record::{VERSION, VERSION_MIN};
 use crate::disk::{Access, Disk, DiskFile};
 
 pub(crate) const HEADER_BYTES: usize = 64;
@@ -35,6 +36,8 @@ pub(crate) struct Header {
     pub(crate) sequence: u64,
     pub(crate) start: LogPosition,
     pub(crate) worker: u16,
+    /// No commit before it is of a later time, milliseconds since 1970; 0: unknown.
+    pub(crate) latest_ms: u64,
 }
 
 /// Why bytes are no header.
@@ -46,12 +49,17 @@ pub(crate) enum BadHeader {
 
 impl Header {
     fn to_bytes(self) -> [u8; HEADER_BYTES] {
+        self.to_bytes_of(VERSION)
+    }
+
+    fn to_bytes_of(self, version: u32) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         bytes[..8].copy_from_slice(&MAGIC);
-        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[8..12].copy_from_slice(&version.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.sequence.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.start.0.to_le_bytes());
         bytes[32..34].copy_from_slice(&self.worker.to_le_bytes());
+        bytes[34..42].copy_from_slice(&self.latest_ms.to_le_bytes());
         let crc = crc32c::crc32c(&bytes[16..]);
         bytes[12..16].copy_from_slice(&crc.to_le_bytes());
         bytes
@@ -66,16 +74,18 @@ impl Header {
         if bytes[..8] != MAGIC {
             return Err(BadHeader::Damaged);
         }
-        if u32_at(8) != VERSION {
-            return Err(BadHeader::Version(u32_at(8)));
+        let version = u32_at(8);
+        if !(VERSION_MIN..=VERSION).contains(&version) {
+            return Err(BadHeader::Version(version));
         }
         let header = Self {
             sequence: u64_at(16),
             start: LogPosition(u64_at(24)),
             worker: u16::from_le_bytes([bytes[32], bytes[33]]),
+            latest_ms: u64_at(34),
         };
         // Compared whole: the zeros count too.
-        if header.to_bytes() == *bytes {
+        if header.to_bytes_of(version) == *bytes {
             Ok(header)
         } else {
             Err(BadHeader::Damaged)

@@ -7,6 +7,7 @@
 //! | `{"began_ms"}` | the first: what is committed from here on may be missing |
 //! | `{"object", "cursor", "bookmark", "bytes"}` | an object; that many bytes follow, its database |
 //! | `{"object", "cursor"}` | an object that has not changed since `since_ms` |
+//! | `{"object", "cursor", "error"}` | an object that could not be read, and why |
 //! | `{"end": true}` | the last: without it, the stream broke off; `after` the last cursor it goes on |
 
 use std::collections::VecDeque;
@@ -24,17 +25,24 @@ use hyper::body::Frame;
 use protocol::{Home, ObjectId, Problem, ShardId};
 use serde::Deserialize;
 use serde_json::{Value as Json, json};
+use tracing::warn;
 
 use super::copies::{BoxError, chunks};
 use super::{Answer, Operator, parameters};
 use crate::catalog::Row;
 use crate::class::Body;
 use crate::commit_log::record::FileId;
-use crate::export::{Pages, copy};
+use crate::export::{CopyError, Pages, copy};
 use crate::storage::Logged;
 
 /// Rows that are read from a catalog at once, some tenths of a millisecond.
 const ROWS_AT_ONCE: u32 = 256;
+
+/// Objects that are looked at before others have their turn.
+const OBJECTS_AT_ONCE: u32 = 16;
+
+/// Times that one object is copied before it counts as unreadable.
+const TRIES: u32 = 3;
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -55,6 +63,7 @@ struct Rest {
     at: usize,
     after: Option<FileId>,
     rows: VecDeque<Row>,
+    sent: u32,
     ended: bool,
 }
 
@@ -94,6 +103,7 @@ impl Operator {
             at,
             after,
             rows: VecDeque::new(),
+            sent: 0,
             ended: false,
         };
         let first = Part::Bytes(line(&json!({ "began_ms": began_ms })));
@@ -132,7 +142,20 @@ impl Rest {
                 }
                 continue;
             };
-            if let Some(part) = self.object(&row).await? {
+            self.sent += 1;
+            if self.sent.is_multiple_of(OBJECTS_AT_ONCE) {
+                tokio::task::yield_now().await;
+            }
+            let part = match self.object(&row).await {
+                Ok(part) => part,
+                Err(error) => {
+                    warn!(id = row.id, %error, "an object could not be read for a backup");
+                    let mut line_of = head(&row);
+                    line_of["error"] = error.to_string().into();
+                    Some(Part::Bytes(line(&line_of)))
+                }
+            };
+            if let Some(part) = part {
                 return Ok(Some((part, self)));
             }
         }
@@ -162,14 +185,23 @@ impl Rest {
         let Some(changed) = self.engine.changed(id, shard)? else {
             return Ok(None);
         };
-        let mut head = json!({ "object": { "id": row.id, "class": row.class, "name": row.name }, "cursor": row.id });
+        let mut head = head(row);
         if self
             .since_ms
             .is_some_and(|since| changed.unix_millis < since)
         {
             return Ok(Some(Part::Bytes(line(&head))));
         }
-        let Some(copied) = copy(&self.engine, id, shard, &self.spool).await? else {
+        let mut tries = 0;
+        let copied = loop {
+            tries += 1;
+            match copy(&self.engine, id, shard, &self.spool).await {
+                // The log needed the room that the copy held back, or lost the last commit.
+                Err(CopyError::Read(_) | CopyError::Lost) if tries < TRIES => {}
+                copied => break copied?,
+            }
+        };
+        let Some(copied) = copied else {
             return Ok(None);
         };
         head["bookmark"] = copied.bookmark.to_string().into();
@@ -183,6 +215,10 @@ impl Rest {
             Pages::File(file) => Part::File(head, file),
         }))
     }
+}
+
+fn head(row: &Row) -> Json {
+    json!({ "object": { "id": row.id, "class": row.class, "name": row.name }, "cursor": row.id })
 }
 
 fn line(value: &Json) -> Vec<u8> {

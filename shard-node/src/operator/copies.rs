@@ -76,8 +76,8 @@ impl Operator {
         let name = checked_name(&object, parameters.name.as_deref())?;
         let known = self.row(&object).await.ok();
         self.check_replaceable(&object, parameters.replace)?;
-        let permit = self.importing.acquire().await;
         let file = self.receive(request.into_body()).await?;
+        let permit = self.importing.acquire().await;
         let known_name = known.and_then(|row| row.name?.parse().ok());
         let identity = Identity {
             id: object.id,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use http::Request;
-use protocol::{Bookmark, ErrorCode, Problem};
+use protocol::{Bookmark, ErrorCode, LogPosition, Problem};
 use serde::Deserialize;
 use serde_json::{Value as Json, json};
 use tracing::warn;
@@ -83,6 +83,7 @@ impl Operator {
 
     /// The same of an object all of whose commits are durable.
     async fn past(&self, object: &Address, at: Bookmark) -> Result<AsOf, Problem> {
+        let _permit = self.looking_back.acquire().await;
         let history = self.engine.history(object.id, object.shard);
         let history = history.map_err(|error| unreadable(&error))?;
         let spool = self.spool.clone();
@@ -120,13 +121,12 @@ impl Operator {
         self.take_over(checked).await?;
         let (now, at, undo) = (self.clock.unix_millis(), at.to_string(), undo.to_string());
         let detail = format!("to {at}, undo with {undo}");
-        let noted = self.turn(object, move |context| {
-            let storage = context.storage();
+        self.between_sessions(object, |storage| {
             audit::keep(storage, &operations)?;
-            audit::note(storage, now, "restore", &body.who, &body.why, &detail)?;
-            Ok(Json::Null)
-        });
-        noted.await?;
+            audit::note(storage, now, "restore", &body.who, &body.why, &detail)
+        })
+        .map_err(|error| ClassError::from(error).problem())?;
+        self.settled(object).await?;
         Ok(answer(
             &json!({ "restored": at, "changed": true, "undo": undo }),
         ))
@@ -136,9 +136,14 @@ impl Operator {
     /// as it is.
     pub(crate) async fn restore_asked(&self, object: Address, at: Bookmark) {
         let restored = self.try_restore_asked(&object, at).await;
+        if let Ok(None) = restored {
+            // Somebody else has changed the database, as a whole.
+            return;
+        }
         let now = self.clock.unix_millis();
         let (what, why, detail) = match &restored {
-            Ok((undo, _)) => ("restore", "", format!("to {at}, undo with {undo}")),
+            Ok(None) => return,
+            Ok(Some((undo, _))) => ("restore", "", format!("to {at}, undo with {undo}")),
             Err(problem) => {
                 warn!(object = %object.id, %at, error = problem.detail, "an object could not be restored as it has asked");
                 (
@@ -148,12 +153,18 @@ impl Operator {
                 )
             }
         };
-        let noted = self.between_sessions(&object, |storage| {
-            storage.disarm_restore()?;
-            if let Ok((_, operations)) = &restored {
-                audit::keep(storage, operations)?;
-            }
-            audit::note(storage, now, what, "the object", why, &detail)
+        // By itself: there may be no room for a note.
+        let disarmed = self.between_sessions(&object, |storage| match storage.asked_restore()? {
+            Some(_) => storage.disarm_restore(),
+            None => Ok(()),
+        });
+        let noted = disarmed.and_then(|_| {
+            self.between_sessions(&object, |storage| {
+                if let Ok(Some((_, operations))) = &restored {
+                    audit::keep(storage, operations)?;
+                }
+                audit::note(storage, now, what, "the object", why, &detail)
+            })
         });
         if let Err(error) = noted {
             warn!(object = %object.id, %error, "a restore could not be noted");
@@ -164,15 +175,15 @@ impl Operator {
         &self,
         object: &Address,
         at: Bookmark,
-    ) -> Result<(Bookmark, Json), Problem> {
+    ) -> Result<Option<(Bookmark, Json)>, Problem> {
         let failed = |error| ClassError::from(error).problem();
         let mut operations = Json::Null;
-        self.between_sessions(object, |storage| {
-            operations = audit::list(storage)?;
-            Ok(())
-        })
-        .map_err(failed)?;
-        let last = self.engine.end();
+        let last = self
+            .between_sessions(object, |storage| {
+                operations = audit::list(storage)?;
+                Ok(())
+            })
+            .map_err(failed)?;
         poll_fn(|context| {
             if self.engine.durable() >= last || self.engine.check_writable().is_err() {
                 return Poll::Ready(());
@@ -182,21 +193,38 @@ impl Operator {
             Poll::Pending
         })
         .await;
-        let undo = self.engine.bookmark();
-        if let AsOf::Database(past) = self.past(object, at).await? {
-            let file = past.file.into_temp_path();
-            let checked = self.check(file, self.identity(object), KeepAlarm::Yes);
-            self.take_over(checked.await?).await?;
+        let found = match self.past(object, at).await? {
+            AsOf::AsItIs => None,
+            AsOf::Database(past) => {
+                let file = past.file.into_temp_path();
+                let checked = self.check(file, self.identity(object), KeepAlarm::Yes);
+                Some(checked.await?)
+            }
+        };
+        // From here to the commit nothing else happens to the object; until here an operator may have
+        // deleted or replaced it.
+        let mut asked = None;
+        self.between_sessions(object, |storage| {
+            asked = storage.asked_restore()?;
+            Ok(())
+        })
+        .map_err(failed)?;
+        if asked != Some(at) {
+            return Ok(None);
         }
-        Ok((undo, operations))
+        let undo = self.engine.bookmark();
+        if let Some(checked) = found {
+            self.take_over(checked).await?;
+        }
+        Ok(Some((undo, operations)))
     }
 
-    /// One turn of an object that is not awake, and cannot wake meanwhile.
+    /// One turn of an object that is not awake, and cannot wake meanwhile; where its last commit ends.
     fn between_sessions(
         &self,
         object: &Address,
         turn: impl FnOnce(&Storage) -> Result<(), StorageError>,
-    ) -> Result<(), StorageError> {
+    ) -> Result<LogPosition, StorageError> {
         let engine = Rc::new(self.engine.clone());
         let storage = Storage::new(self.identity(object), engine, Arc::clone(&self.sql))
             .with_timers(Rc::clone(self.host.timers()))
@@ -207,8 +235,9 @@ impl Operator {
             Ok(()) => storage.commit().map(drop),
             Err(_) => storage.rollback(),
         };
+        let gate = storage.gate();
         storage.close();
-        done.and(ended)
+        done.and(ended).map(|()| gate)
     }
 
     fn identity(&self, object: &Address) -> Identity {

@@ -46,7 +46,7 @@ use crate::worker::abort_on_panic;
 use database::{Core, Database};
 use handle::OpenDatabase;
 use recovery::{Recovery, rewrite_end, sync_names};
-pub use whole::Snapshot;
+pub use whole::{Large, Snapshot};
 
 /// Bytes of a page of a new database. Measured (`cargo bench --bench pages`): against 4096, an awake object
 /// takes 33 KiB less and a small commit a fifth less time; a scan takes 40 % more.
@@ -96,6 +96,8 @@ struct Inner {
     databases: RefCell<HashMap<FileId, Rc<Database>, Xxh3DefaultBuilder>>,
     catalogs: Catalogs,
     checkpointer: Checkpointer,
+    /// Takes segments out of the log: an archive may be slow, and files must be written meanwhile.
+    retirer: Checkpointer,
     /// The databases that are being written, while their job is under way.
     in_flight: RefCell<Vec<(Rc<Database>, Arc<Capture>)>>,
     /// A batch that waits until what it has is durable.
@@ -186,9 +188,16 @@ impl Logged {
         } = setup;
         let log_directory = log_directory(&data_dir, worker);
         let mut recovery = Recovery::default();
+        let mut latest_ms = clock.unix_millis();
         let found = replay(&*disk, &log_directory, None, |begin, end, commit| {
+            latest_ms = latest_ms.max(commit.head.unix_millis);
             recovery.apply(begin, end, commit)
         })?;
+        let headers = found
+            .segments
+            .iter()
+            .map(|segment| segment.header.latest_ms);
+        latest_ms = headers.fold(latest_ms, u64::max);
         if found.torn_bytes > 0 {
             info!(worker, bytes = found.torn_bytes, end = %found.end, "the log ended in the middle of a write");
         }
@@ -203,20 +212,23 @@ impl Logged {
             found.next_sequence,
             sync_time,
         );
-        let checkpointer = Checkpointer::new(
-            Arc::clone(&disk),
-            log.clone(),
-            log_directory.clone(),
-            Arc::clone(&progress),
-            archive.clone(),
-            worker,
-        );
+        let checkpointer = || {
+            Checkpointer::new(
+                Arc::clone(&disk),
+                log.clone(),
+                log_directory.clone(),
+                Arc::clone(&progress),
+                archive.clone(),
+                worker,
+            )
+        };
+        let (checkpointer, retirer) = (checkpointer(), checkpointer());
         let core = Rc::new(Core {
             disk,
             shards: data_dir.join("shards"),
             log_directory,
             log,
-            latest_ms: Cell::new(clock.unix_millis()),
+            latest_ms: Cell::new(latest_ms),
             clock,
             base_bytes_max: archive
                 .as_ref()
@@ -234,6 +246,7 @@ impl Logged {
             databases: RefCell::default(),
             catalogs: Catalogs::default(),
             checkpointer,
+            retirer,
             in_flight: RefCell::default(),
             waiting: RefCell::default(),
             asleep: RefCell::default(),
@@ -274,7 +287,11 @@ impl Logged {
         let checkpointing = std::thread::Builder::new()
             .name(format!("checkpoint-{worker}"))
             .spawn(move || abort_on_panic(|| checkpointer.run()))?;
-        *runner = Runner::Threads(vec![writing, checkpointing]);
+        let retirer = self.0.retirer.clone();
+        let retiring = std::thread::Builder::new()
+            .name(format!("archive-{worker}"))
+            .spawn(move || abort_on_panic(|| retirer.run()))?;
+        *runner = Runner::Threads(vec![writing, checkpointing, retiring]);
         Ok(())
     }
 
@@ -288,7 +305,10 @@ impl Logged {
             Runner::Nobody(writer) => writer.step(),
             Runner::Threads(_) | Runner::Stopped => false,
         };
-        let checkpoint = || self.0.checkpointer.step();
+        let checkpoint = || {
+            let (first, second) = (&self.0.checkpointer, &self.0.retirer);
+            first.step() || second.step()
+        };
         (writer_first && write()) || checkpoint() || (!writer_first && write())
     }
 

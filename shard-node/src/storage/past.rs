@@ -60,6 +60,16 @@ impl Storage {
         Ok(())
     }
 
+    /// What the object has asked to be restored to.
+    pub(crate) fn asked_restore(&self) -> Result<Option<Bookmark>, StorageError> {
+        let open = self.open()?;
+        if !self.may_have_tables(&open) {
+            return Ok(None);
+        }
+        drop(open);
+        self.reading(stored)
+    }
+
     /// It is not to be, or has been.
     pub(crate) fn disarm_restore(&self) -> Result<(), StorageError> {
         self.write_ours("DELETE FROM _dormouse_meta WHERE key = 'restore'", &[])

@@ -277,10 +277,10 @@ fn a_log_of_another_version_is_refused() {
         .into_iter()
         .find(|(path, _)| path.extension().is_some_and(|is| is == "log"))
         .unwrap();
-    disk.flip(&path, 8, 1);
+    disk.flip(&path, 8, 0xf);
     let error = Node::start(disk, model).err().unwrap().to_string();
     assert!(
-        error.contains("has version 0 of the log's format"),
+        error.contains("has version 13 of the log's format"),
         "{error}"
     );
 }

@@ -1,6 +1,6 @@
 //! One engine with some objects, and a model that knows what each of them held after every commit.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -14,7 +14,7 @@ use shard_node::commit_log::record::FileId;
 use shard_node::disk::{Access, Disk};
 use shard_node::history::{AsOf, HistoryError};
 use shard_node::storage::image::{Image, KeepAlarm};
-use shard_node::storage::logged::{OpenError, PAGE_BYTES, Setup, Snapshot};
+use shard_node::storage::logged::{Large, OpenError, PAGE_BYTES, Setup, Snapshot};
 use shard_node::storage::{Engine, Identity, LogConfig, Logged, SqlConfig, Storage, StorageError};
 use shard_node::store::Store;
 
@@ -38,6 +38,8 @@ pub(crate) struct Model {
     pub(crate) commits: Vec<(usize, Dump, LogPosition, Bookmark)>,
     /// How many of them were acknowledged.
     pub(crate) acknowledged: usize,
+    /// Commits that adopted a file which was copied to the archive later: until then it may be unknown.
+    pub(crate) copied_later: BTreeSet<usize>,
 }
 
 impl Model {
@@ -226,7 +228,8 @@ impl Node {
 
     /// What is too large for a base in the log is copied to the archive.
     pub(crate) fn keep_large(&mut self) {
-        while let Some((id, shard)) = self.engine.next_large() {
+        while let Some(Large { id, shard, .. }) = self.engine.next_large() {
+            let id = id.object().unwrap();
             let Ok(Some(snapshot)) = self.engine.snapshot(id, shard) else {
                 continue;
             };
@@ -469,6 +472,11 @@ impl Node {
                             bytes_dump(&std::fs::read(past.file.path()).unwrap())
                         }
                         Err(HistoryError::DidNotExist(_)) => Dump::new(),
+                        Err(HistoryError::OutOfWindow { .. })
+                            if self.is_unknown(*count, object) =>
+                        {
+                            continue;
+                        }
                         Err(error) => panic!("{context}: object {object} at {at}: {error}"),
                     };
                     let want = self.model.after(count + 1, object);
@@ -479,6 +487,13 @@ impl Node {
                 }
             }
         }
+    }
+
+    /// Whether an object was, after a commit, what only a later copy tells.
+    fn is_unknown(&self, count: usize, object: usize) -> bool {
+        let mut commits = self.model.commits[..=count].iter().enumerate().rev();
+        let last = commits.find(|(_, (of, ..))| *of == object);
+        last.is_some_and(|(number, _)| self.model.copied_later.contains(&number))
     }
 
     /// Stops cleanly; then stock SQLite must find in the files what the objects held.

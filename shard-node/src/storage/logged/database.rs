@@ -38,12 +38,21 @@ pub(super) struct Core {
     pub(super) base_bytes_max: u64,
     pub(super) based: RefCell<Based>,
     /// Larger ones that changed lately: to be copied, if that was not done lately.
-    pub(super) large: RefCell<VecDeque<(FileId, ShardId)>>,
+    pub(super) large: RefCell<VecDeque<Large>>,
     pub(super) page_bytes: u32,
     pub(super) transaction_bytes_max: u64,
     pub(super) dirty: RefCell<VecDeque<(LogPosition, FileId)>>,
     pub(super) notes: RefCell<HashMap<FileId, Note, Xxh3DefaultBuilder>>,
     pub(super) descriptors: RefCell<Descriptors>,
+}
+
+/// A database that may be due to be copied to the archive.
+#[derive(Debug, Clone, Copy)]
+pub struct Large {
+    pub id: FileId,
+    pub shard: ShardId,
+    /// Whatever copies there are.
+    pub again: bool,
 }
 
 /// How often a database without a base in the log is thought of.
@@ -464,7 +473,8 @@ impl Database {
     fn log_base(&self, overlay: &Overlay, now: u64) -> Option<LogPosition> {
         let core = &self.core;
         let lately = now < self.based_ms.get().saturating_add(BASE_EVERY_MS);
-        if core.base_bytes_max == 0 || self.id.is_catalog() || lately {
+        // Before a file that was put there, there was nothing.
+        if core.base_bytes_max == 0 || self.id.is_catalog() || lately || self.tell_file.get() {
             return None;
         }
         self.based_ms.set(now);
@@ -478,7 +488,11 @@ impl Database {
             core.based.borrow_mut().remove(self.id);
             self.based_ms
                 .set(now.saturating_sub(BASE_EVERY_MS) + LARGE_EVERY_MS);
-            core.large.borrow_mut().push_back((self.id, self.shard));
+            core.large.borrow_mut().push_back(Large {
+                id: self.id,
+                shard: self.shard,
+                again: false,
+            });
             return None;
         }
         let page_bytes = overlay.committed_page_bytes();

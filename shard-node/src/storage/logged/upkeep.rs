@@ -69,12 +69,17 @@ impl Inner {
 
     /// Everything that may happen to the log and the files since the last call.
     pub(super) fn advance(self: &Rc<Self>) {
-        if let Some(done) = self.checkpointer.take_done() {
-            let went_well = done.is_ok();
-            if let Ok(Done::NotArchived) = done {
+        match self.retirer.take_done() {
+            Some(Ok(Done::NotArchived)) => {
                 self.archive_pause.set(TICKS_AFTER_ARCHIVE_FAILURE);
                 self.archive_failures.set(self.archive_failures.get() + 1);
             }
+            Some(Err(_)) => self.archive_pause.set(TICKS_AFTER_FAILURE),
+            Some(Ok(_)) => self.retire(),
+            None => {}
+        }
+        if let Some(done) = self.checkpointer.take_done() {
+            let went_well = done.is_ok();
             self.checkpointed(done.map(drop));
             if went_well {
                 self.begin_checkpoint();
@@ -92,11 +97,24 @@ impl Inner {
         }
         let archive_pause = self.archive_pause.get();
         self.archive_pause.set(archive_pause.saturating_sub(1));
+        self.retire();
         match self.pause.get() {
             0 => self.begin_checkpoint(),
             ticks => self.pause.set(ticks - 1),
         }
         self.core.log.release();
+    }
+
+    /// Has the first segment taken out of the log, if nobody needs it.
+    fn retire(&self) {
+        let taken_back = !matches!(self.core.log.state(), State::Failed(_));
+        if self.retirer.is_busy() || self.archive_pause.get() > 0 || !taken_back {
+            return;
+        }
+        let needed = self.needed();
+        if self.core.log.may_retire(needed) {
+            self.retirer.give(Job::Retire(needed, self.core.now()));
+        }
     }
 
     /// Starts a job, if one is due and none is under way.
@@ -110,10 +128,6 @@ impl Inner {
         let full = matches!(&state, State::Reopening(failure) if failure.disk_full);
         let needed = self.needed();
         let log = &self.core.log;
-        if self.archive_pause.get() == 0 && log.may_retire(needed) {
-            self.checkpointer.give(Job::Retire(needed, self.core.now()));
-            return;
-        }
         let pressed = full || log.end().0.saturating_sub(needed.0) > self.config.live_bytes_max / 2;
         let mut batch = Vec::new();
         while batch.len() < BATCH
@@ -283,6 +297,7 @@ impl Inner {
     pub(super) fn stop(&self) {
         self.core.log.close();
         self.checkpointer.close();
+        self.retirer.close();
         if let Runner::Threads(threads) = self.runner.replace(Runner::Stopped) {
             for thread in threads {
                 // A panic there has aborted the process.
@@ -336,18 +351,23 @@ impl Inner {
         let Some(last) = core.log.last_segment() else {
             return Ok(());
         };
-        if last.start == end {
-            // Not even a marker is in it.
-            return self.checkpointer.retire(end, core.now()).map(drop);
+        // Without even a marker in it the last one can stay.
+        if last.start != end {
+            let header = Header {
+                sequence: last.sequence + 1,
+                start: end,
+                worker: self.worker,
+                latest_ms: core.now(),
+            };
+            Segment::create(&*core.disk, &core.log_directory, header, 0)?;
+            core.log.add_segment(header);
         }
-        let header = Header {
-            sequence: last.sequence + 1,
-            start: end,
-            worker: self.worker,
-        };
-        Segment::create(&*core.disk, &core.log_directory, header, 0)?;
-        core.log.add_segment(header);
-        self.checkpointer.retire(end, core.now()).map(drop)
+        while core.log.first_before(end).is_some() {
+            if let Done::NotArchived = self.retirer.retire(end, core.now())? {
+                break;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn flush_log(&self) -> Result<(), CloseError> {

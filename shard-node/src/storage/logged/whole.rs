@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use protocol::{Bookmark, LogPosition, ObjectId, ShardId};
 
+pub use super::database::Large;
 use super::database::{Core, Database};
 use super::{Inner, Logged};
 use crate::alarm::AlarmState;
@@ -130,7 +131,8 @@ impl Logged {
             changed: overlay.committed_pages_here().collect(),
             file_pages: overlay.file_pages(),
             position: database.last.get().1,
-            bookmark: database.changed.get(),
+            // Of what came from its file only a time is known that is no earlier.
+            bookmark: database.changed.get().min(self.bookmark()),
             revoked: database.revoked.get(),
             database: Rc::clone(&database),
         };
@@ -250,6 +252,12 @@ impl Logged {
             database.tell_file.set(true);
             Ok(())
         })?;
+        // No earlier base counts.
+        self.0.core.large.borrow_mut().push_front(Large {
+            id,
+            shard,
+            again: true,
+        });
         Ok(Some(end))
     }
 
@@ -290,15 +298,10 @@ impl Logged {
         changed.map(|()| end)
     }
 
-    /// The next database that is too large to be written to the log whole, and is due to be copied to the
+    /// The next database that is too large to be written to the log whole, and may be due to be copied to the
     /// archive.
-    pub fn next_large(&self) -> Option<(ObjectId, ShardId)> {
-        loop {
-            let (id, shard) = self.0.core.large.borrow_mut().pop_front()?;
-            if let Some(object) = id.object() {
-                return Some((object, shard));
-            }
-        }
+    pub fn next_large(&self) -> Option<Large> {
+        self.0.core.large.borrow_mut().pop_front()
     }
 }
 
