@@ -51,6 +51,9 @@ enum Command {
     /// Open-loop load with verified answers
     #[command(subcommand)]
     Loadtest(loadtest::Command),
+    /// Dormouse beside what one would otherwise use
+    #[command(subcommand)]
+    Bench(bench::Command),
 }
 
 fn main() -> ExitCode {
@@ -65,5 +68,6 @@ fn main() -> ExitCode {
         Some(Command::Backup(command)) => backup::main(&command),
         Some(Command::Fsck(args)) => fsck::main(&args),
         Some(Command::Loadtest(command)) => loadtest::main(&command),
+        Some(Command::Bench(command)) => bench::main(&command),
     }
 }

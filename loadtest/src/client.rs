@@ -4,13 +4,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, StatusCode, header};
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use protocol::headers;
 use rand::Rng;
 use serde::Deserialize;
+use serde_json::Value;
 use tokio::net::TcpStream;
+
+use crate::operation::Store;
 
 /// Largest answer that is read.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
@@ -22,8 +25,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// What became of one request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// Answered with this number: the effect is durable.
-    Acknowledged(i64),
+    /// Answered with this: the effect is durable.
+    Answered(Value),
     /// Refused, and nothing ran.
     Refused(String),
     /// Sent, but whether it had its effect is unknown.
@@ -34,16 +37,27 @@ pub(crate) enum Outcome {
 #[derive(Debug, Clone)]
 pub(crate) struct Target {
     pub(crate) host: String,
-    pub(crate) class: String,
-    /// Objects are called `{prefix}-{number}`.
+    /// Objects are called `{prefix}{number}`; percent-encoded.
     pub(crate) prefix: String,
+    /// The class of counters.
+    pub(crate) counter: String,
     pub(crate) timeout: Duration,
+}
+
+/// One RPC call of object `number`.
+#[derive(Debug, Clone)]
+pub(crate) struct Call {
+    pub(crate) store: Store,
+    pub(crate) number: u32,
+    pub(crate) method: &'static str,
+    /// A JSON array of arguments; empty: none.
+    pub(crate) arguments: Bytes,
 }
 
 /// A connection that is opened when it is needed.
 pub(crate) struct Client {
     target: Target,
-    sender: Option<SendRequest<Empty<Bytes>>>,
+    sender: Option<SendRequest<Full<Bytes>>>,
 }
 
 impl Client {
@@ -54,10 +68,9 @@ impl Client {
         }
     }
 
-    /// Calls a method without arguments on object `number`.
-    pub(crate) async fn call(&mut self, number: u32, method: &str) -> Outcome {
+    pub(crate) async fn call(&mut self, call: &Call) -> Outcome {
         let timeout = self.target.timeout;
-        match tokio::time::timeout(timeout, self.exchange(number, method)).await {
+        match tokio::time::timeout(timeout, self.exchange(call)).await {
             Ok(outcome) => outcome,
             Err(_) => {
                 // An answer may still come: this connection cannot be used for another request.
@@ -69,16 +82,11 @@ impl Client {
 
     /// The same, sent again while it is refused and nothing ran, with doubling pauses and jitter (AWS
     /// Architecture Blog, "Exponential backoff and jitter": full jitter), for at most `patience`.
-    pub(crate) async fn call_patiently(
-        &mut self,
-        number: u32,
-        method: &str,
-        patience: Duration,
-    ) -> Outcome {
+    pub(crate) async fn call_patiently(&mut self, call: &Call, patience: Duration) -> Outcome {
         let until = tokio::time::Instant::now() + patience;
         let mut pause = PAUSE;
         loop {
-            let outcome = self.call(number, method).await;
+            let outcome = self.call(call).await;
             let wait = pause.mul_f64(rand::rng().random());
             if !matches!(outcome, Outcome::Refused(_)) || tokio::time::Instant::now() + wait > until
             {
@@ -89,7 +97,7 @@ impl Client {
         }
     }
 
-    async fn exchange(&mut self, number: u32, method: &str) -> Outcome {
+    async fn exchange(&mut self, call: &Call) -> Outcome {
         let mut sender = match self.sender.take() {
             Some(sender) if !sender.is_closed() => sender,
             _ => match self.connect().await {
@@ -100,16 +108,17 @@ impl Client {
         if let Err(error) = sender.ready().await {
             return Outcome::Refused(format!("connection closed: {error}"));
         }
-        let Target {
-            host,
-            class,
-            prefix,
-            ..
-        } = &self.target;
-        let request = Request::post(format!("/rpc/{class}/{prefix}-{number}/{method}"))
+        let Target { host, prefix, .. } = &self.target;
+        let class = match call.store {
+            Store::Counter => &self.target.counter,
+            Store::Sql => "Sql",
+            Store::Kv => "Kv",
+        };
+        let (number, method) = (call.number, call.method);
+        let request = Request::post(format!("/rpc/{class}/{prefix}{number}/{method}"))
             .header(header::HOST, host)
-            .header(header::CONTENT_LENGTH, HeaderValue::from_static("0"))
-            .body(Empty::new());
+            .header(header::CONTENT_LENGTH, call.arguments.len())
+            .body(Full::new(call.arguments.clone()));
         let request = match request {
             Ok(request) => request,
             Err(error) => return Outcome::Refused(format!("request: {error}")),
@@ -131,7 +140,7 @@ impl Client {
         judge(status, code.as_ref(), &body)
     }
 
-    async fn connect(&self) -> anyhow::Result<SendRequest<Empty<Bytes>>> {
+    async fn connect(&self) -> anyhow::Result<SendRequest<Full<Bytes>>> {
         let stream = TcpStream::connect(&self.target.host).await?;
         stream.set_nodelay(true)?;
         let (sender, connection) =
@@ -152,7 +161,7 @@ fn judge(status: StatusCode, code: Option<&HeaderValue>, body: &[u8]) -> Outcome
     if status == StatusCode::OK
         && let Ok(value) = serde_json::from_slice(body)
     {
-        return Outcome::Acknowledged(value);
+        return Outcome::Answered(value);
     }
     let code = code
         .and_then(|code| code.to_str().ok())
@@ -176,7 +185,7 @@ mod tests {
         let judge = |status: u16, body: &str| {
             judge(StatusCode::from_u16(status).unwrap(), None, body.as_bytes())
         };
-        assert_eq!(judge(200, "7"), Outcome::Acknowledged(7));
+        assert_eq!(judge(200, "7"), Outcome::Answered(7.into()));
         assert!(matches!(judge(200, "what?"), Outcome::Unknown(_)));
         assert!(matches!(judge(404, ""), Outcome::Refused(_)));
         assert!(matches!(

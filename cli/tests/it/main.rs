@@ -8,6 +8,7 @@ mod command_line;
 mod crash;
 mod fsck;
 mod limits;
+mod loadtest;
 mod operator;
 mod readme;
 mod support;

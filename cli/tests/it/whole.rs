@@ -7,7 +7,7 @@ use std::thread;
 
 use serde_json::{Value, json};
 
-use crate::support::{Process, agent, call, dev, dormouse, gateway, node, node_at, request};
+use crate::support::{Process, agent, call, dev, gateway, node, node_at, request};
 
 #[test]
 fn a_thousand_concurrent_increments_end_at_exactly_a_thousand() {
@@ -344,84 +344,4 @@ fn hanging_up_reloads_routes_and_a_bad_file_changes_nothing() {
     for _ in 0..20 {
         assert_eq!(status(), 200);
     }
-}
-
-#[test]
-fn a_load_test_verifies_what_it_counted() {
-    let dir = tempfile::tempdir().unwrap();
-    let process = Process::dev(dir.path());
-    let run = |more: &[&str]| {
-        let output = dormouse()
-            .args([
-                "loadtest",
-                "run",
-                "--target",
-                &process.url,
-                "--duration",
-                "1",
-                "--warmup",
-                "0.2",
-                "--json",
-            ])
-            .args(more)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{output:?}");
-        serde_json::from_slice::<Value>(&output.stdout).unwrap()
-    };
-    for load in [
-        &["--rate", "200", "--objects", "50"][..],
-        &[
-            "--rate",
-            "200",
-            "--names",
-            "zipf",
-            "--arrivals",
-            "even",
-            "--seed",
-            "7",
-        ],
-        &["--rate", "0", "--connections", "8", "--objects", "10"],
-    ] {
-        let report = run(load);
-        let verification = &report["verification"];
-        assert!(report["acknowledged"].as_u64().unwrap() > 50, "{report}");
-        assert_eq!(
-            verification["found"], verification["acknowledged"],
-            "{report}"
-        );
-        assert_eq!(
-            (&verification["surplus"], &verification["unread"]),
-            (&json!(0), &json!(0))
-        );
-        assert_eq!(report["errors"], json!({}));
-    }
-    let text = dormouse()
-        .args([
-            "loadtest",
-            "run",
-            "--target",
-            &process.url,
-            "--duration",
-            "0.5",
-            "--rate",
-            "100",
-        ])
-        .output()
-        .unwrap();
-    let text = String::from_utf8(text.stdout).unwrap();
-    assert!(
-        text.contains("verified") && text.ends_with(": ok\n"),
-        "{text}"
-    );
-    let nobody = dormouse()
-        .args(["loadtest", "run", "--target", "http://127.0.0.1:1"])
-        .output()
-        .unwrap();
-    assert_eq!(nobody.status.code(), Some(1));
-    assert!(
-        String::from_utf8(nobody.stderr)
-            .unwrap()
-            .contains("connect to 127.0.0.1:1")
-    );
 }
