@@ -17,6 +17,10 @@ use crate::progress::show;
 use crate::report::Report;
 use crate::run::{run_beside, sleep_until};
 
+/// How long a process is started again and again if it ends before it is ready.
+const START_MAX: Duration = Duration::from_secs(5);
+const START_PAUSE: Duration = Duration::from_millis(100);
+
 /// A run, and what happens to processes during it.
 #[derive(Debug, Clone, Args)]
 pub struct FaultsArgs {
@@ -216,12 +220,24 @@ impl Action {
             Self::Terminate => process.signal(Signal::TERM),
             Self::Stop => process.signal(Signal::STOP),
             Self::Continue => process.signal(Signal::CONT),
-            Self::Start => process.start().map(drop),
+            Self::Start => start(process),
             Self::Restart => {
                 process.signal(Signal::TERM)?;
                 process.wait()?;
-                process.start().map(drop)
+                start(process)
             }
+        }
+    }
+}
+
+/// Meanwhile somebody else's connection may have the port: it is tried again for some seconds.
+fn start(process: &mut Process) -> anyhow::Result<()> {
+    let until = now() + START_MAX;
+    loop {
+        match process.start() {
+            Ok(_) => return Ok(()),
+            Err(error) if now() > until => return Err(error),
+            Err(_) => sleep_until(now() + START_PAUSE),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The load of one process.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -42,6 +42,8 @@ struct Load {
     rate: Rate,
     shared: Rc<Shared>,
     measures: RefCell<Measures>,
+    /// Seconds that were shown.
+    shown: Cell<u32>,
 }
 
 /// Sends the load of one part and returns what came of it. Must run within a `LocalSet`.
@@ -63,6 +65,7 @@ pub(crate) async fn load(
             span.end - span.measure_from,
             args.rate.stages(),
         )),
+        shown: Cell::new(0),
     });
     let (due, picks) = (Arc::new(Due::default()), args.picks());
     let patience = Duration::from_secs_f64(args.patience);
@@ -86,15 +89,21 @@ pub(crate) async fn load(
             .name("arrivals".to_owned())
             .spawn(move || generate(&due, span, gaps, picker))?;
     }
-    let watch = watcher.map(|watcher| {
+    let watcher: Option<Rc<Watcher>> = watcher.map(Rc::new);
+    let watch = watcher.clone().map(|watcher| {
         let (load, due) = (Rc::clone(&load), Arc::clone(&due));
         tokio::task::spawn_local(load.watch(due, watcher))
     });
     while let Some(ended) = connections.join_next().await {
         ended.context("a connection's task panicked")?;
     }
-    if let Some(watch) = watch {
+    if let (Some(watch), Some(watcher)) = (watch, watcher) {
         watch.abort();
+        // The last second, or what there was of it.
+        let shown = Duration::from_secs(load.shown.get().into());
+        if load.measures.borrow().last_answer > shown {
+            load.show(&due, &watcher);
+        }
     }
     let mut measures = load.measures.borrow().clone();
     measures.not_sent = due.not_sent();
@@ -144,14 +153,23 @@ impl Load {
     }
 
     /// Shows every second of the measured time when it is over.
-    async fn watch(self: Rc<Self>, due: Arc<Due>, watcher: Watcher) {
+    async fn watch(self: Rc<Self>, due: Arc<Due>, watcher: Rc<Watcher>) {
         let from = tokio::time::Instant::from(self.span.measure_from);
-        for second in 1u32.. {
-            tokio::time::sleep_until(from + Duration::from_secs(1) * second).await;
-            let measures = self.measures.borrow();
-            let line = Line::of(&measures, second, due.backlog());
-            watcher(&measures, &line);
+        loop {
+            let next = Duration::from_secs(1) * (self.shown.get() + 1);
+            tokio::time::sleep_until(from + next).await;
+            self.show(&due, &watcher);
         }
+    }
+
+    /// Shows the second that was not shown yet.
+    fn show(&self, due: &Due, watcher: &Watcher) {
+        self.shown.set(self.shown.get() + 1);
+        let measures = self.measures.borrow();
+        watcher(
+            &measures,
+            &Line::of(&measures, self.shown.get(), due.backlog()),
+        );
     }
 }
 

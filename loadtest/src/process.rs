@@ -87,7 +87,9 @@ impl Process {
         *child = Some(started);
         let mut lines = BufReader::new(output).lines();
         let Some(Ok(line)) = lines.next() else {
-            bail!("{} ended before it was ready", command.join(" "));
+            let said = command.join(" ");
+            self.wait()?;
+            bail!("{said} ended before it was ready");
         };
         // Whatever else it prints must not block it.
         std::thread::spawn(move || lines.for_each(drop));
