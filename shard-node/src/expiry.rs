@@ -257,12 +257,11 @@ impl Sweeper {
         if in_use(row) {
             return Ok(false);
         }
-        let mut saved = None;
+        let before = self.engine.changed(id, shard)?;
         if let Some(store) = self.stores.get(&expiry.save_to) {
             let Some(copied) = copy(&self.engine, id, shard, &self.spool).await? else {
                 return Ok(false);
             };
-            saved = Some(copied.bookmark);
             let name = format!("{}/{id}-{}.db", row.class, copied.bookmark);
             let (store, spool) = (store.clone(), self.spool.clone());
             let put = tokio::task::spawn_blocking(move || {
@@ -278,7 +277,7 @@ impl Sweeper {
         };
         let changed = self.engine.changed(id, shard)?;
         let used_again = now.used_ms >= self.used_before(expiry);
-        if in_use(&now) || used_again || saved.is_some_and(|saved| changed != Some(saved)) {
+        if in_use(&now) || used_again || changed != before {
             return Ok(false);
         }
         self.engine.delete(id, shard)?;

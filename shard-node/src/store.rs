@@ -15,16 +15,13 @@ use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
-    ClientConfigKey, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig, WriteMultipart,
+    ClientConfigKey, MultipartUpload, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig,
 };
 use tokio::runtime::Runtime;
 
 /// Bytes that are sent or received at once of a file that may be large. S3 wants at least 5 MiB of all
 /// parts but the last.
 const PART_BYTES: usize = 8 << 20;
-
-/// Parts of one file under way at once.
-const PARTS_MAX: usize = 2;
 
 /// How long one part may take.
 const PART_TIME_MAX: &str = "120 s";
@@ -127,16 +124,12 @@ impl Store {
             self.wait(self.files.put(&name, PutPayload::from(part)))?;
             return Ok(());
         }
-        let upload = self.wait(self.files.put_multipart(&name))?;
-        let mut upload = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
+        let mut upload = self.wait(self.files.put_multipart(&name))?;
+        // One after the other: several at once would be tasks of a runtime, and whoever waits here may
+        // be the thread of one.
         let sent = loop {
-            // What it takes of the runtime it takes here.
-            let sent = self.wait(async {
-                upload.wait_for_capacity(PARTS_MAX).await?;
-                upload.write(&part[..filled]);
-                Ok::<_, object_store::Error>(())
-            });
-            if let Err(error) = sent {
+            let payload = PutPayload::from(part[..filled].to_vec());
+            if let Err(error) = self.wait(upload.put_part(payload)) {
                 break Err(error.into());
             }
             match fill(file, &mut part) {
@@ -147,7 +140,7 @@ impl Store {
         };
         match sent {
             Ok(()) => {
-                self.wait(upload.finish())?;
+                self.wait(upload.complete())?;
                 Ok(())
             }
             Err(error) => {
