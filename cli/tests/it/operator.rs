@@ -416,7 +416,7 @@ fn sql_of_operators_reads_unless_told_otherwise_and_is_kept() {
 fn objects_go_back_in_time_and_forward_again_while_others_serve() {
     let cluster = Cluster::start();
     let admin = cluster.admin();
-    const OBJECTS: usize = 20;
+    const OBJECTS: usize = 100;
     let name = |object: usize| format!("Counter/r-{object}");
     let mut moments: Vec<String> = Vec::new();
     for round in 1..=5 {
@@ -433,7 +433,7 @@ fn objects_go_back_in_time_and_forward_again_while_others_serve() {
     let value = |object: usize| cluster.call(&format!("{}/value", name(object)), json!([]));
     thread::scope(|scope| {
         let others = scope.spawn(|| {
-            (0..200).all(|number| cluster.call("Counter/busy/increment", json!([])) == number + 1)
+            (0..1000).all(|number| cluster.call("Counter/busy/increment", json!([])) == number + 1)
         });
         for object in 0..OBJECTS {
             // Each worker has bookmarks of its own; a time is the same for all.
