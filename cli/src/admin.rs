@@ -51,6 +51,17 @@ impl AdminArgs {
     }
 }
 
+/// Which objects.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Which {
+    /// Of this class only
+    #[arg(long)]
+    pub(crate) class: Option<String>,
+    /// With names that begin so
+    #[arg(long, default_value = "")]
+    pub(crate) prefix: String,
+}
+
 /// One object.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ObjectArgs {

@@ -159,10 +159,6 @@ fn list(admin: &AdminArgs, state: State, page: &PageArgs) -> Result<(), AdminErr
 fn change(args: &OneArgs, method: Method, action: &str, done: &str) -> Result<(), AdminError> {
     let id = args.object.id()?;
     let state = Admin::new(&args.admin).ask(method, &format!("/alarms/{id}{action}"), "")?;
-    if args.admin.json {
-        print_line(&state.to_string());
-    } else {
-        print_line(&format!("{id} {done}"));
-    }
+    show::done(args.admin.json, &state, &format!("{id} {done}"));
     Ok(())
 }

@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use ops::Causes;
 use ops::process::{self, print_line};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value as Json, json};
+use serde_json::json;
 
 use crate::admin::{Admin, AdminArgs, AdminError, with_parameters};
 use crate::show;
@@ -203,7 +203,7 @@ fn create(args: &CreateArgs) -> Result<(), BackupError> {
         made.new_objects,
         show::bytes(&made.new_bytes.into()),
     );
-    print_done(args.admin.json, &json!(made), &said);
+    show::done(args.admin.json, &json!(made), &said);
     match unread.first() {
         None => Ok(()),
         Some(first) => Err(BackupError::Lacks {
@@ -373,7 +373,7 @@ fn verify(args: &ReadArgs) -> Result<(), BackupError> {
         "{}: {} objects are as they were",
         summary.name, summary.objects
     );
-    print_done(args.place.json, &done, &said);
+    show::done(args.place.json, &done, &said);
     Ok(())
 }
 
@@ -438,7 +438,7 @@ fn restore(args: &RestoreArgs) -> Result<(), BackupError> {
         entries.len(),
         summary.name
     );
-    print_done(args.admin.json, &done, &said);
+    show::done(args.admin.json, &done, &said);
     Ok(())
 }
 
@@ -470,7 +470,7 @@ fn prune(args: &PruneArgs) -> Result<(), BackupError> {
         [] => "there are no more than that".to_owned(),
         gone => format!("removed {}", gone.join(", ")),
     };
-    print_done(args.place.json, &json!({ "removed": gone }), &said);
+    show::done(args.place.json, &json!({ "removed": gone }), &said);
     Ok(())
 }
 
@@ -532,12 +532,4 @@ impl Progress {
 fn spinner() -> ProgressBar {
     let style = ProgressStyle::with_template("{spinner} {msg}, {elapsed}");
     ProgressBar::new_spinner().with_style(style.expect("the template is a legal one"))
-}
-
-fn print_done(as_json: bool, done: &Json, said: &str) {
-    if as_json {
-        print_line(&done.to_string());
-    } else {
-        print_line(said);
-    }
 }

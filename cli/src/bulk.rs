@@ -12,14 +12,13 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use ops::Causes;
-use ops::process::print_line;
 use protocol::Bookmark;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 use shard_node::clock::{Clock, SystemClock, monotonic_nanos};
 use ureq::http::Method;
 
-use crate::admin::{Admin, AdminArgs, AdminError, with_parameters};
+use crate::admin::{Admin, AdminArgs, AdminError, Which, with_parameters};
 use crate::show;
 
 /// Objects asked for at once.
@@ -29,12 +28,8 @@ const PAGE: u32 = 500;
 pub(crate) struct BulkArgs {
     #[command(flatten)]
     admin: AdminArgs,
-    /// Objects of this class
-    #[arg(long)]
-    class: Option<String>,
-    /// With names that begin so
-    #[arg(long, default_value = "")]
-    prefix: String,
+    #[command(flatten)]
+    which: Which,
     /// That nobody used for so long, such as 30days (known to within an hour)
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     unused_for: Option<Duration>,
@@ -138,8 +133,8 @@ pub(crate) fn run(args: &BulkArgs) -> Result<(), AdminError> {
         action: format!(
             "{:?} class {:?} prefix {:?} unused for {:?} at {}",
             args.action,
-            args.class,
-            args.prefix,
+            args.which.class,
+            args.which.prefix,
             args.unused_for,
             args.admin.url()
         ),
@@ -181,15 +176,12 @@ pub(crate) fn run(args: &BulkArgs) -> Result<(), AdminError> {
     }
     bar.finish_and_clear();
     let summary = json!({ "done": done, "failed": failed, "before": known.len() });
-    if args.admin.json {
-        print_line(&summary.to_string());
-    } else {
-        print_line(&format!(
-            "{done} objects done, {failed} failed, {} done before; see {}",
-            known.len(),
-            args.outcome.display()
-        ));
-    }
+    let said = format!(
+        "{done} objects done, {failed} failed, {} done before; see {}",
+        known.len(),
+        args.outcome.display()
+    );
+    show::done(args.admin.json, &summary, &said);
     if failed > 0 {
         return Err(AdminError::Usage(format!(
             "{failed} objects failed; the same command tries them again"
@@ -211,8 +203,8 @@ fn each(
     let mut after: Option<String> = None;
     loop {
         let parameters = ListParameters {
-            class: args.class.as_deref(),
-            prefix: &args.prefix,
+            class: args.which.class.as_deref(),
+            prefix: &args.which.prefix,
             order: if below.is_some() { "used" } else { "name" },
             below,
             limit: PAGE,

@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::{Value as Json, json};
 use ureq::http::Method;
 
-use crate::admin::{Admin, AdminArgs, AdminError, ObjectArgs, with_parameters};
+use crate::admin::{Admin, AdminArgs, AdminError, ObjectArgs, Which, with_parameters};
 use crate::bulk::{self, BulkArgs};
 use crate::show;
 
@@ -42,12 +42,8 @@ pub(crate) enum Command {
 pub(crate) struct ListArgs {
     #[command(flatten)]
     admin: AdminArgs,
-    /// Of this class only
-    #[arg(long)]
-    class: Option<String>,
-    /// With names that begin so
-    #[arg(long, default_value = "")]
-    prefix: String,
+    #[command(flatten)]
+    which: Which,
     #[arg(long, value_enum, default_value = "name")]
     sort: Sort,
     /// The last first
@@ -215,8 +211,8 @@ fn run(command: &Command) -> Result<(), AdminError> {
 
 fn list(args: &ListArgs) -> Result<(), AdminError> {
     let parameters = ListParameters {
-        class: args.class.as_deref(),
-        prefix: &args.prefix,
+        class: args.which.class.as_deref(),
+        prefix: &args.which.prefix,
         order: args.sort,
         descending: args.reverse,
         limit: args.limit,
@@ -302,7 +298,7 @@ fn export(args: &ExportArgs) -> Result<(), AdminError> {
     let bytes = Admin::new(&one.admin).download(&path, file)?;
     let done = json!({ "id": id.to_string(), "bytes": bytes });
     let said = format!("{bytes} bytes in {}", file.display());
-    print_done(&one.admin, &done, &said);
+    show::done(one.admin.json, &done, &said);
     Ok(())
 }
 
@@ -319,7 +315,7 @@ fn restore(args: &RestoreArgs) -> Result<(), AdminError> {
             show::text(&done["undo"])
         ),
     };
-    print_done(&args.one.admin, &done, &said);
+    show::done(args.one.admin.json, &done, &said);
     Ok(())
 }
 
@@ -327,7 +323,7 @@ fn bookmark(args: &BookmarkArgs) -> Result<(), AdminError> {
     let id = args.one.object.id()?;
     let path = with_parameters(&format!("/objects/{id}/bookmark"), &At::new(args.at));
     let found = Admin::new(&args.one.admin).get(&path)?;
-    print_done(&args.one.admin, &found, &show::text(&found["bookmark"]));
+    show::done(args.one.admin.json, &found, &show::text(&found["bookmark"]));
     Ok(())
 }
 
@@ -355,8 +351,8 @@ fn import(args: &ImportArgs) -> Result<(), AdminError> {
     };
     let path = with_parameters(&format!("/objects/{id}/import"), &parameters);
     let done = Admin::new(&one.admin).upload(&path, &args.file.file)?;
-    print_done(
-        &one.admin,
+    show::done(
+        one.admin.json,
         &done,
         &format!("{id} imported, {} bytes", show::text(&done["bytes"])),
     );
@@ -377,7 +373,11 @@ fn fork(args: &ForkArgs) -> Result<(), AdminError> {
     let admin = Admin::new(&args.one.admin);
     let path = format!("/objects/{from}/fork");
     let done = admin.ask(Method::POST, &path, &body.to_string())?;
-    print_done(&args.one.admin, &done, &format!("{from} copied to {to}"));
+    show::done(
+        args.one.admin.json,
+        &done,
+        &format!("{from} copied to {to}"),
+    );
     Ok(())
 }
 
@@ -389,7 +389,7 @@ fn delete(args: &DeleteArgs) -> Result<(), AdminError> {
         )));
     }
     let done = Admin::new(&args.one.admin).ask(Method::DELETE, &format!("/objects/{id}"), "")?;
-    print_done(&args.one.admin, &done, &format!("{id} deleted"));
+    show::done(args.one.admin.json, &done, &format!("{id} deleted"));
     Ok(())
 }
 
@@ -402,7 +402,7 @@ fn sleep(args: &OneArgs) -> Result<(), AdminError> {
     } else {
         "sleeps"
     };
-    print_done(&args.admin, &done, &format!("{id} {said}"));
+    show::done(args.admin.json, &done, &format!("{id} {said}"));
     Ok(())
 }
 
@@ -447,15 +447,4 @@ fn sql(args: &SqlArgs) -> Result<(), AdminError> {
     let head: Vec<&str> = columns.iter().map(String::as_str).collect();
     print_line(&show::table(&head, &rows));
     Ok(())
-}
-
-fn print_done(admin: &AdminArgs, done: &Json, said: &str) {
-    print_line(
-        if admin.json {
-            done.to_string()
-        } else {
-            said.to_owned()
-        }
-        .as_str(),
-    );
 }

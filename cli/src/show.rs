@@ -2,8 +2,18 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
+use ops::process::print_line;
 use protocol::Bookmark;
 use serde_json::Value as Json;
+
+/// What became of a command: the answer, or what is said of it.
+pub(crate) fn done(as_json: bool, answer: &Json, said: &str) {
+    if as_json {
+        print_line(&answer.to_string());
+    } else {
+        print_line(said);
+    }
+}
 
 /// Columns with a head, as wide as they need to be.
 pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {

@@ -101,21 +101,10 @@ impl History {
             }
         };
         let (mut records, live_start) = live;
-        let mut fronts: BTreeMap<u16, Front> = BTreeMap::new();
-        let mut snapshots = archive.snapshots(self.file)?;
-        records.snapshot = snapshots.pop_if(|last| last.bookmark <= at);
-        while records.snapshot.is_none() && snapshots.pop().is_some() {
-            records.snapshot = snapshots.pop_if(|last| last.bookmark <= at);
-        }
+        let mut snapshots = archive.snapshots(self.file)?.into_iter();
+        records.snapshot = snapshots.rfind(|snapshot| snapshot.bookmark <= at);
         let mut packs = archive.packs(None)?;
-        for pack in &packs {
-            let front = fronts.entry(pack.worker).or_insert(Front {
-                first_ms: pack.first_ms,
-                start: pack.start,
-            });
-            front.first_ms = front.first_ms.min(pack.first_ms);
-            front.start = front.start.min(pack.start);
-        }
+        let fronts = fronts(&packs);
         packs.sort_by_key(|pack| std::cmp::Reverse((pack.last_ms, pack.start)));
         let mut read = Vec::new();
         for pack in packs {
@@ -188,6 +177,20 @@ impl History {
 struct Front {
     first_ms: u64,
     start: LogPosition,
+}
+
+/// The same of every worker that has packs.
+fn fronts(packs: &[Pack]) -> BTreeMap<u16, Front> {
+    let mut fronts: BTreeMap<u16, Front> = BTreeMap::new();
+    for pack in packs {
+        let front = fronts.entry(pack.worker).or_insert(Front {
+            first_ms: pack.first_ms,
+            start: pack.start,
+        });
+        front.first_ms = front.first_ms.min(pack.first_ms);
+        front.start = front.start.min(pack.start);
+    }
+    fronts
 }
 
 /// What was read of each worker follows without a gap, up to where the log begins. (A worker whose data

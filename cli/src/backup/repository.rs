@@ -142,10 +142,7 @@ impl Repository {
             name: name.clone(),
             what,
         };
-        let bytes = self.0.size(&name)?;
-        let bytes = bytes.ok_or_else(|| damaged("it is missing".to_owned()))?;
-        let mut file = tempfile::tempfile()?;
-        self.0.get_to_file(&name, bytes, &mut file)?;
+        let (mut file, _) = self.fetch(&name)?;
         file.rewind()?;
         let mut entries = Vec::new();
         for line in BufReader::new(file).lines() {
@@ -157,6 +154,18 @@ impl Repository {
             return Err(damaged(what));
         }
         Ok(entries)
+    }
+
+    /// A copy of a file, which must be there, and its bytes.
+    fn fetch(&self, name: &str) -> Result<(File, u64), RepositoryError> {
+        let bytes = self.0.size(name)?;
+        let bytes = bytes.ok_or_else(|| RepositoryError::Damaged {
+            name: name.to_owned(),
+            what: "it is missing".to_owned(),
+        })?;
+        let mut file = tempfile::tempfile()?;
+        self.0.get_to_file(name, bytes, &mut file)?;
+        Ok((file, bytes))
     }
 
     /// Reads the databases of entries, which all are in the same file, and gives each to `each`, if it is
@@ -174,10 +183,7 @@ impl Repository {
             name: name.clone(),
             what,
         };
-        let bytes = self.0.size(&name)?;
-        let bytes = bytes.ok_or_else(|| damaged("it is missing".to_owned()))?;
-        let mut file = tempfile::tempfile()?;
-        self.0.get_to_file(&name, bytes, &mut file)?;
+        let (mut file, bytes) = self.fetch(&name)?;
         for entry in entries {
             let checked = (|| {
                 if entry.offset.saturating_add(entry.bytes) > bytes {

@@ -34,6 +34,25 @@ pub struct Snapshot {
     /// With what is behind the pages.
     pub(super) bytes: u64,
     pub(super) name: String,
+    file: FileId,
+    worker: u16,
+}
+
+impl Snapshot {
+    /// `snapshots/{id}/{bookmark}-{worker}.db`
+    fn parse(name: String, bytes: u64) -> Option<Self> {
+        let mut parts = name.rsplit('/');
+        let (bookmark, worker) = parts.next()?.strip_suffix(".db")?.rsplit_once('-')?;
+        let (bookmark, worker) = (bookmark.parse().ok()?, worker.parse().ok()?);
+        let id: ObjectId = parts.next()?.parse().ok()?;
+        Some(Self {
+            bookmark,
+            bytes,
+            file: id.into(),
+            worker,
+            name,
+        })
+    }
 }
 
 /// How long after the last copy a database of this size is copied again, if it changes.
@@ -47,15 +66,8 @@ impl Archive {
     pub(crate) fn old_snapshots(&self, worker: u16, now: u64) -> Result<Vec<FileId>, ArchiveError> {
         let mut newest: HashMap<FileId, u64> = HashMap::new();
         for found in self.snapshots_of_worker(worker)? {
-            let id = found
-                .name
-                .rsplit('/')
-                .nth(1)
-                .and_then(|id| id.parse::<ObjectId>().ok());
-            if let Some(id) = id {
-                let time = newest.entry(id.into()).or_default();
-                *time = found.bookmark.unix_millis.max(*time);
-            }
+            let time = newest.entry(found.file).or_default();
+            *time = found.bookmark.unix_millis.max(*time);
         }
         let half = u64::try_from((self.config.window / 2).as_millis()).unwrap_or(u64::MAX);
         newest.retain(|_, time| time.saturating_add(half) < now);
@@ -64,32 +76,23 @@ impl Archive {
 
     /// Copies of an object's database, oldest first. Blocks.
     pub fn snapshots(&self, file: FileId) -> Result<Vec<Snapshot>, ArchiveError> {
-        let listed = self.store.list(&format!("{DIRECTORY}/{file}"))?;
-        let found = listed.into_iter().filter_map(|(name, bytes)| {
-            let (bookmark, _) = parse_name(&name)?;
-            Some(Snapshot {
-                bookmark,
-                bytes,
-                name,
-            })
-        });
-        let mut found: Vec<Snapshot> = found.collect();
+        let mut found = self.list(&format!("{DIRECTORY}/{file}"))?;
         found.sort_by_key(|snapshot| snapshot.bookmark);
         Ok(found)
     }
 
     /// All of a worker.
     pub(super) fn snapshots_of_worker(&self, worker: u16) -> Result<Vec<Snapshot>, ArchiveError> {
-        let listed = self.store.list(DIRECTORY)?.into_iter();
-        let found = listed.filter_map(|(name, bytes)| {
-            let (bookmark, _) = parse_name(&name).filter(|(_, of)| *of == worker)?;
-            Some(Snapshot {
-                bookmark,
-                bytes,
-                name,
-            })
-        });
-        Ok(found.collect())
+        let mut found = self.list(DIRECTORY)?;
+        found.retain(|snapshot| snapshot.worker == worker);
+        Ok(found)
+    }
+
+    fn list(&self, directory: &str) -> Result<Vec<Snapshot>, ArchiveError> {
+        let listed = self.store.list(directory)?.into_iter();
+        Ok(listed
+            .filter_map(|(name, bytes)| Snapshot::parse(name, bytes))
+            .collect())
     }
 
     /// Keeps a copy: the pages are in `file`, whose rest is for us. Blocks.
@@ -144,13 +147,6 @@ impl Archive {
             other => Err(damaged(&format!("pages have {other} bytes"))),
         }
     }
-}
-
-/// `…/{bookmark}-{worker}.db`
-fn parse_name(name: &str) -> Option<(Bookmark, u16)> {
-    let name = name.rsplit('/').next()?.strip_suffix(".db")?;
-    let (bookmark, worker) = name.rsplit_once('-')?;
-    Some((bookmark.parse().ok()?, worker.parse().ok()?))
 }
 
 /// CRC32C of a file's first bytes.

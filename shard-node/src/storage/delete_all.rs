@@ -58,29 +58,18 @@ fn drop_all(connection: &Connection) -> rusqlite::Result<()> {
         }
     }
     // SQLite's own: numbers that AUTOINCREMENT gave, statistics.
-    let mut select = connection.prepare(
-        "SELECT name FROM sqlite_schema WHERE type = 'table' AND name LIKE 'sqlite\\_%' ESCAPE '\\'",
-    )?;
-    let own: Vec<String> = select
-        .query_map([], |row| row.get(0))?
-        .collect::<rusqlite::Result<_>>()?;
-    drop(select);
-    for name in own {
+    let own = "SELECT name FROM sqlite_schema \
+               WHERE type = 'table' AND name LIKE 'sqlite\\_%' ESCAPE '\\'";
+    for name in names(connection, own)? {
         connection.execute_batch(&format!("DELETE FROM \"{name}\""))?;
     }
     Ok(())
 }
 
 fn only_kept(connection: &Connection) -> rusqlite::Result<bool> {
-    let mut select = connection.prepare(
-        "SELECT name FROM sqlite_schema WHERE type IN ('table', 'view') \
-         AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' AND name <> '_dormouse_meta'",
-    )?;
-    let tables: Vec<String> = select
-        .query_map([], |row| row.get(0))?
-        .collect::<rusqlite::Result<_>>()?;
-    drop(select);
-    for table in tables {
+    let left = "SELECT name FROM sqlite_schema WHERE type IN ('table', 'view') \
+                AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' AND name <> '_dormouse_meta'";
+    for table in names(connection, left)? {
         if table != "_dormouse_alarm" {
             return Ok(false);
         }
@@ -90,4 +79,9 @@ fn only_kept(connection: &Connection) -> rusqlite::Result<bool> {
         }
     }
     Ok(true)
+}
+
+fn names(connection: &Connection, select: &str) -> rusqlite::Result<Vec<String>> {
+    let mut select = connection.prepare(select)?;
+    select.query_map([], |row| row.get(0))?.collect()
 }
