@@ -776,6 +776,11 @@ impl Proxy {
                 head.insert_header(headers::CREATE, "1")?;
                 "/"
             }
+            Ask::Own { method } => {
+                head.insert_header(headers::METHOD, *method)?;
+                head.insert_header(headers::INTERNAL, "1")?;
+                "/"
+            }
         };
         head.set_uri(uri(path)?);
         Ok(())

@@ -42,6 +42,8 @@ pub enum Ask {
     Call { method: String },
     /// Only that the class exists: the client wants a new id.
     Create,
+    /// A call of the gateway's own.
+    Own { method: &'static str },
 }
 
 impl ObjectTarget {
@@ -51,6 +53,7 @@ impl ObjectTarget {
             Ask::Fetch { .. } => "objects",
             Ask::Call { .. } => "rpc",
             Ask::Create => "new",
+            Ask::Own { .. } => "own",
         }
     }
 }

@@ -3,8 +3,10 @@
 //! A request names an object; [`ids`] turn the name into an [`ObjectId`], the [`ring`] turns the id
 //! into a shard and the shard into a worker's address, [`headers`] or a [`link`] carry all of it there,
 //! and what the system refuses comes back as a [`Problem`] with a code from a closed set ([`ErrorCode`]).
-//! Every bound they share is in [`limits`]; [`rate`] and [`limiter`] are how often a key may come.
+//! Every bound they share is in [`limits`]; [`rate`] and [`limiter`] are how often a key may come, and
+//! [`counters`] how many objects count as one.
 
+pub mod counters;
 pub mod epoch;
 pub mod error_code;
 pub mod headers;

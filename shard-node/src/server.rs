@@ -134,7 +134,8 @@ impl Server {
         class_seen: &mut Option<Arc<dyn Class>>,
     ) -> Result<Response<Body>, Problem> {
         let routed = &request.routed;
-        let class = self.class(routed.class, false)?;
+        let of_gateway = matches!(request.ask, Ask::Own { .. });
+        let class = self.class(routed.class, of_gateway)?;
         *class_seen = Some(Arc::clone(&class));
         let address = self.address(class, routed.id, routed.epoch, || {
             let name = routed.name.map(str::parse::<ObjectName>).transpose();
@@ -142,7 +143,9 @@ impl Server {
         })?;
         match request.ask {
             Ask::Create => Ok(created(&address)),
-            Ask::Call { method } => self.call(&address, method, request.body).await,
+            Ask::Call { method } | Ask::Own { method } => {
+                self.call(&address, method, request.body).await
+            }
             Ask::Fetch { .. } => {
                 let request = crate::link::to_http(request, address.shard)?;
                 self.fetch(&address, request).await

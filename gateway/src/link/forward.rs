@@ -216,6 +216,7 @@ fn write(out: &mut Vec<u8>, stream: u32, errand: &Errand<'_>, owner: &Owner) -> 
         // Nobody sees the headers of these.
         Ask::Call { method } => (link::Ask::Call { method }, None),
         Ask::Create => (link::Ask::Create, None),
+        Ask::Own { method } => (link::Ask::Own { method }, None),
     };
     let lines = all.into_iter().flatten().filter(|(name, _)| passes(name));
     let lines = lines.map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));

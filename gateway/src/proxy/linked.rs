@@ -52,7 +52,7 @@ impl Proxy {
         let method = head.method.clone();
         let headers = match target.ask {
             Ask::Fetch { .. } => head.headers.clone(),
-            Ask::Call { .. } | Ask::Create => HeaderMap::new(),
+            Ask::Call { .. } | Ask::Create | Ask::Own { .. } => HeaderMap::new(),
         };
         let errand = Errand {
             target,

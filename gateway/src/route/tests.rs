@@ -46,6 +46,7 @@ fn check(request: &str, want: Result<&str, ErrorCode>) {
             let ask = match &target.ask {
                 Ask::Fetch { path_and_query } => format!("fetch {path_and_query}"),
                 Ask::Call { method } => format!("call {method}"),
+                Ask::Own { method } => format!("own {method}"),
                 Ask::Create => "create".to_owned(),
             };
             Ok(format!("{} {name} {ask}", target.class))

@@ -116,6 +116,11 @@ fn seen(request: &Request<'_>) -> Seen {
             set(headers::CREATE, "1");
             ("POST", "/")
         }
+        Ask::Own { method } => {
+            set(headers::METHOD, method);
+            set(headers::INTERNAL, "1");
+            ("POST", "/")
+        }
     };
     for (name, value) in request.headers {
         map.append(

@@ -4,7 +4,7 @@
 //! the request id, 4 for paths and values of headers. A body is what follows its head.
 //!
 //! Request: id (32), epoch (8), trace (16), span (8), trace flags (1), colo, request id, class, name
-//! (length 0xffff: none), what is asked (1: fetch, call, create), its method, for a fetch the path with
+//! (length 0xffff: none), what is asked (1: fetch, call, create, own call), its method, for a fetch the path with
 //! the query; headers; body. Response: status (2), headers, body. Headers: their count (2), then names and
 //! values in turn.
 
@@ -19,6 +19,7 @@ const NO_NAME: u16 = u16::MAX;
 const FETCH: u8 = 0;
 const CALL: u8 = 1;
 const CREATE: u8 = 2;
+const OWN: u8 = 3;
 
 /// Who a request is for and where it came from: what [`headers`](crate::headers) carry over HTTP/1.1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +46,10 @@ pub enum Ask<'a> {
         method: &'a str,
     },
     Create,
+    /// A call that the gateway makes for itself: only so there are internal classes.
+    Own {
+        method: &'a str,
+    },
 }
 
 /// A request as a worker reads it.
@@ -123,6 +128,10 @@ pub fn request<'a>(
                 fits &= text1(out, method);
             }
             Ask::Create => out.push(CREATE),
+            Ask::Own { method } => {
+                out.push(OWN);
+                fits &= text1(out, method);
+            }
         }
         fits &= write_headers(out, headers) && out.len() - begin <= HEAD_BYTES_MAX;
         if fits {
@@ -244,6 +253,9 @@ impl<'a> Request<'a> {
                 method: reader.str1("method")?,
             },
             CREATE => Ask::Create,
+            OWN => Ask::Own {
+                method: reader.str1("method")?,
+            },
             _ => return Err(LinkFault::Invalid("ask")),
         };
         let routed = Routed {

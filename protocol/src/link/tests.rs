@@ -66,7 +66,7 @@ proptest! {
     fn a_request_is_read_as_it_was_written(
         name in prop::option::of("\\PC{0,40}"),
         path in "\\PC{0,40}",
-        which in 0..3,
+        which in 0..4,
         lines in lines(),
         body in prop::collection::vec(any::<u8>(), 0..100),
     ) {
@@ -74,6 +74,7 @@ proptest! {
         let ask = match which {
             0 => Ask::Fetch { method: "PUT", path_and_query: &path },
             1 => Ask::Call { method: "increment" },
+            2 => Ask::Own { method: "add" },
             _ => Ask::Create,
         };
         let mut out = Vec::new();
