@@ -80,7 +80,7 @@ pub struct RunArgs {
     /// Seconds until a request counts as lost
     #[arg(long, default_value_t = 10.0)]
     pub timeout: f64,
-    /// Seconds to go on sending a request that is refused while nothing of it ran
+    /// Seconds, from when it was meant to be sent, to go on sending a request that is refused while nothing of it ran
     #[arg(long, default_value_t = 0.0)]
     pub patience: f64,
     /// Makes the load repeatable [default: random]

@@ -12,6 +12,7 @@ use rand::Rng;
 use serde::Deserialize;
 use serde_json::Value;
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use crate::operation::Store;
 
@@ -81,15 +82,13 @@ impl Client {
     }
 
     /// The same, sent again while it is refused and nothing ran, with doubling pauses and jitter (AWS
-    /// Architecture Blog, "Exponential backoff and jitter": full jitter), for at most `patience`.
-    pub(crate) async fn call_patiently(&mut self, call: &Call, patience: Duration) -> Outcome {
-        let until = tokio::time::Instant::now() + patience;
+    /// Architecture Blog, "Exponential backoff and jitter": full jitter), until that time.
+    pub(crate) async fn call_patiently(&mut self, call: &Call, until: Instant) -> Outcome {
         let mut pause = PAUSE;
         loop {
             let outcome = self.call(call).await;
             let wait = pause.mul_f64(rand::rng().random());
-            if !matches!(outcome, Outcome::Refused(_)) || tokio::time::Instant::now() + wait > until
-            {
+            if !matches!(outcome, Outcome::Refused(_)) || Instant::now() + wait > until {
                 return outcome;
             }
             tokio::time::sleep(wait).await;

@@ -132,7 +132,9 @@ impl Load {
 
     async fn send(&self, visitor: &mut Visitor, arrival: Arrival) {
         let sent = now();
-        let result = visitor.visit(arrival.operation, arrival.object).await;
+        let late = sent.saturating_duration_since(arrival.intended);
+        let visited = visitor.visit(arrival.operation, arrival.object, late);
+        let result = visited.await;
         // Only what was intended after the warm-up is measured.
         if arrival.intended < self.span.measure_from {
             return;

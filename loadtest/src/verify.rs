@@ -7,6 +7,8 @@ use anyhow::Context;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
+use tokio::time::Instant;
+
 use crate::client::{Call, Client, Outcome, Target};
 use crate::ledger::{Counts, Ledger};
 use crate::operation::Store;
@@ -144,7 +146,10 @@ async fn ask(
         method,
         arguments: arguments.map_or_else(Bytes::new, |arguments| arguments.to_string().into()),
     };
-    match client.call_patiently(&call, PATIENCE).await {
+    match client
+        .call_patiently(&call, Instant::now() + PATIENCE)
+        .await
+    {
         Outcome::Answered(value) => Some(value),
         Outcome::Refused(_) | Outcome::Unknown(_) => None,
     }

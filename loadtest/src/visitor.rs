@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::client::{Call, Client, Outcome};
 use crate::ledger::{Cell, Counts, Ledger};
@@ -51,6 +52,8 @@ pub(crate) struct Visitor {
     client: Client,
     shared: Rc<Shared>,
     patience: Duration,
+    /// Until when the present request is sent again.
+    until: Instant,
     /// The cell of this connection in each database or map.
     cells: HashMap<(Store, u32), Cell>,
 }
@@ -61,13 +64,21 @@ impl Visitor {
             client,
             shared,
             patience,
+            until: Instant::now(),
             cells: HashMap::new(),
         }
     }
 
-    /// Sends one request and checks its answer. An error is why it was refused, or why its outcome is
-    /// unknown.
-    pub(crate) async fn visit(&mut self, operation: Operation, number: u32) -> Result<(), String> {
+    /// Sends one request, which was meant to be sent so long ago, and checks its answer. An error is why it
+    /// was refused, or why its outcome is unknown.
+    pub(crate) async fn visit(
+        &mut self,
+        operation: Operation,
+        number: u32,
+        late: Duration,
+    ) -> Result<(), String> {
+        // Whoever was kept waiting behind others has waited.
+        self.until = Instant::now() + self.patience.saturating_sub(late);
         match operation.store() {
             Store::Counter => self.visit_counter(operation, number).await,
             Store::Sql | Store::Kv => self.visit_cell(operation, number).await,
@@ -90,7 +101,7 @@ impl Visitor {
             method: if increment { "increment" } else { "value" },
             arguments: Bytes::new(),
         };
-        let outcome = self.client.call_patiently(&call, self.patience).await;
+        let outcome = self.client.call_patiently(&call, self.until).await;
         let mut ledger = self.shared.ledger.borrow_mut();
         let most = if self.shared.alone {
             ledger.possible(number)
@@ -131,7 +142,7 @@ impl Visitor {
             ledger.cells.entry(cell).or_default().acknowledged
         };
         let call = self.cell_call(operation, cell, before);
-        let outcome = self.client.call_patiently(&call, self.patience).await;
+        let outcome = self.client.call_patiently(&call, self.until).await;
         let mut ledger = self.shared.ledger.borrow_mut();
         let counts = ledger.cells.entry(cell).or_default();
         if operation.writes() {

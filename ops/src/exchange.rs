@@ -1,10 +1,12 @@
 //! One HTTP request to one worker, on a connection of its own. For what is asked seldom: rings, operators.
 
+use std::io;
+
 use http::{HeaderValue, Request, Response, header};
 use hyper::body::{Body, Incoming};
 use hyper_util::rt::TokioIo;
 use protocol::headers;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, ToSocketAddrs};
 use tracing::debug;
 
 use crate::logs::Causes;
@@ -13,15 +15,28 @@ use crate::logs::Causes;
 #[derive(Debug, thiserror::Error)]
 pub enum ExchangeError {
     #[error("connect to {address}")]
-    Connect {
-        address: String,
-        source: std::io::Error,
-    },
+    Connect { address: String, source: io::Error },
     #[error("ask {address}")]
     Exchange {
         address: String,
         source: hyper::Error,
     },
+}
+
+/// Connects to a process of the cluster. Small messages are not held back.
+///
+/// A port of 127.0.0.1 that nobody listens on can be given to whoever connects to it, which then is connected to
+/// itself, and keeps the port from its owner: such a connection is refused.
+///
+/// # Errors
+/// There is nobody, or nobody but ourselves.
+pub async fn connect(address: impl ToSocketAddrs) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    if stream.local_addr()? == stream.peer_addr()? {
+        return Err(io::ErrorKind::ConnectionRefused.into());
+    }
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 /// Sends a request to a worker, with the cluster's token, and returns its answer; the body comes while it
@@ -38,7 +53,7 @@ where
         address: address.to_owned(),
         source,
     };
-    let stream = TcpStream::connect(address)
+    let stream = connect(address)
         .await
         .map_err(|source| ExchangeError::Connect {
             address: address.to_owned(),

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error_code::ErrorCode;
 use crate::limits;
@@ -116,9 +116,48 @@ impl Problem {
     }
 }
 
+impl Problem {
+    /// The inverse of [`to_json`](Self::to_json), but for `Allow`. `None`: it is no document of ours.
+    pub fn from_json(document: &[u8]) -> Option<Self> {
+        #[derive(Deserialize)]
+        struct Document {
+            code: String,
+            detail: String,
+            retryable: bool,
+            remote: bool,
+        }
+        let document: Document = serde_json::from_slice(document).ok()?;
+        Some(Self {
+            code: document.code.parse().ok()?,
+            detail: document.detail,
+            retryable: document.retryable,
+            remote: document.remote,
+            allow: None,
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_document_is_read_as_it_was_written() {
+        for problem in [
+            Problem::unavailable("the worker is away"),
+            Problem::new(ErrorCode::Internal, "a \"quoted\" one").from_class(),
+        ] {
+            assert_eq!(
+                Problem::from_json(&problem.to_json(Some("ab"))),
+                Some(problem)
+            );
+        }
+        assert_eq!(Problem::from_json(b"<html>"), None);
+        assert_eq!(
+            Problem::from_json(br#"{"code":"teapot","detail":"","retryable":true,"remote":true}"#),
+            None
+        );
+    }
 
     #[test]
     fn document_names_code_detail_and_flags() {

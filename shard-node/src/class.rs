@@ -23,12 +23,14 @@ pub(crate) use alarm::AlarmHandler;
 pub use body::Body;
 use futures_util::future::LocalBoxFuture;
 use http::{Request, Response};
+use ops::metrics::Registry;
 use protocol::{ClassName, ErrorCode, ObjectId, ObjectName, Problem};
 pub use serde_json::Value as Json;
 
 pub use crate::alarm::AlarmInfo;
 use crate::clock::Clock;
 use crate::storage::{KvError, STATEMENTS_CACHED, Storage, StorageError};
+use crate::stub::Switchboard;
 
 /// The code of a class of objects. One value per node, shared by all workers.
 pub trait Class: Send + Sync + 'static {
@@ -52,6 +54,9 @@ pub trait Class: Send + Sync + 'static {
     fn handles_alarms(&self) -> bool {
         false
     }
+
+    /// Where the class may register metrics of its own, before the node serves.
+    fn register(&self, _registry: &Registry) {}
 
     /// The constructor. Runs as part of the first turn after sleep; if it fails, so does that turn.
     fn construct(&self, context: Context) -> Result<Rc<dyn Instance>, ClassError>;
@@ -103,6 +108,9 @@ pub enum ClassError {
     /// An exception of class code.
     #[error("{name}: {message}")]
     Thrown { name: String, message: String },
+    /// What another object, or the system on the way to it, answered to a call.
+    #[error("{}", .0.detail)]
+    Called(Problem),
     #[error(transparent)]
     Storage(#[from] StorageError),
 }
@@ -129,7 +137,17 @@ impl ClassError {
 
     /// Not the class's doing, and nothing it could mend.
     pub fn is_of_the_platform(&self) -> bool {
-        matches!(self, Self::Storage(error) if error.is_of_the_platform())
+        match self {
+            Self::Storage(error) => error.is_of_the_platform(),
+            Self::Called(problem) => {
+                !problem.remote
+                    && matches!(
+                        problem.code,
+                        ErrorCode::Unavailable | ErrorCode::Overloaded | ErrorCode::TimedOut
+                    )
+            }
+            _ => false,
+        }
     }
 
     pub fn problem(&self) -> Problem {
@@ -140,6 +158,11 @@ impl ClassError {
             Self::MethodNotAllowed { allow, .. } => Problem::method_not_allowed(*allow, detail),
             Self::PayloadTooLarge(_) => Problem::new(ErrorCode::PayloadTooLarge, detail),
             Self::Thrown { .. } => Problem::new(ErrorCode::Internal, detail),
+            // Its caller's turn did run.
+            Self::Called(called) => Problem {
+                retryable: false,
+                ..called.clone()
+            },
             Self::Storage(error) if error.is_of_the_platform() => {
                 return Problem::new(storage_code(error), detail);
             }
@@ -184,6 +207,8 @@ struct Inner {
     alarm_run: Cell<Option<AlarmRun>>,
     /// What runs now is a stretch of that handler.
     in_alarm: Cell<bool>,
+    /// The way to other objects.
+    switchboard: Option<Rc<Switchboard>>,
 }
 
 /// An alarm handler under way.
@@ -222,6 +247,7 @@ impl Context {
         storage: Storage,
         clock: Arc<dyn Clock>,
         handles_alarms: bool,
+        switchboard: Option<Rc<Switchboard>>,
     ) -> Self {
         Self(Rc::new(Inner {
             id,
@@ -233,6 +259,7 @@ impl Context {
             handles_alarms,
             alarm_run: Cell::new(None),
             in_alarm: Cell::new(false),
+            switchboard,
         }))
     }
 
@@ -242,6 +269,10 @@ impl Context {
     pub fn stay_awake(&self) -> Awake {
         self.0.holds.set(self.0.holds.get() + 1);
         Awake(Rc::clone(&self.0))
+    }
+
+    pub(crate) fn switchboard(&self) -> Option<&Rc<Switchboard>> {
+        self.0.switchboard.as_ref()
     }
 
     /// Whether the object must be reset before its next turn.

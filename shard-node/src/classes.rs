@@ -5,6 +5,7 @@ pub mod counter;
 pub mod kv;
 pub mod limiter;
 pub mod queue;
+pub mod sharded_counter;
 pub mod sql;
 mod values;
 
@@ -20,7 +21,7 @@ pub struct Classes(Vec<Arc<dyn Class>>);
 
 impl Classes {
     /// [`Counter`](counter::Counter), [`Kv`](kv::Kv), [`Sql`](sql::Sql) and [`Queue`](queue::Queue), and
-    /// for gateways [`Limiter`](limiter::Limiter).
+    /// for gateways [`Limiter`](limiter::Limiter) and the two classes of [`sharded_counter`].
     pub fn built_in() -> Self {
         Self::default()
             .with(counter::Counter::default())
@@ -28,6 +29,8 @@ impl Classes {
             .with(sql::Sql::default())
             .with(queue::Queue::default())
             .with(limiter::Limiter::default())
+            .with(sharded_counter::Coordinator::default())
+            .with(sharded_counter::Shard::default())
     }
 
     #[must_use]

@@ -35,6 +35,7 @@ use crate::metrics::Metrics;
 use crate::object::mailbox::{Answer, Event, Letter, Mailbox, Reply};
 use crate::object::{Failure, Object, drop_class_code};
 use crate::storage::{Engine, Identity, SqlConfig, Storage, StorageError};
+use crate::stub::Switchboard;
 use crate::worker::or_abort;
 
 /// Turns of one object before the next object has its turn, and the time after which it has it anyway.
@@ -92,6 +93,7 @@ pub struct Host {
     batch: RefCell<Vec<Finished>>,
     me: Weak<Self>,
     restorer: OnceCell<Restorer>,
+    switchboard: OnceCell<Rc<Switchboard>>,
     /// Objects that are being restored: none of their events runs.
     restoring: RefCell<HashSet<ObjectId>>,
 }
@@ -122,6 +124,7 @@ impl Host {
         Rc::new_cyclic(|me| Self {
             me: me.clone(),
             restorer: OnceCell::new(),
+            switchboard: OnceCell::new(),
             restoring: RefCell::default(),
             timers: Timers::new(Arc::clone(&clock), Rc::clone(&metrics)),
             config,
@@ -400,7 +403,15 @@ impl Host {
         .with_timers(Rc::clone(&self.timers));
         let clock = Arc::clone(&self.clock);
         let handles_alarms = address.class.handles_alarms();
-        let context = Context::new(address.id, class, storage, clock, handles_alarms);
+        let switchboard = self.switchboard.get().cloned();
+        let context = Context::new(
+            address.id,
+            class,
+            storage,
+            clock,
+            handles_alarms,
+            switchboard,
+        );
         Rc::new(Object::new(Arc::clone(&address.class), context, mailbox))
     }
 
@@ -499,6 +510,12 @@ impl Host {
     pub fn set_restorer(&self, restorer: Restorer) {
         // The first one stays.
         drop(self.restorer.set(restorer));
+    }
+
+    /// How objects reach others; without one they reach nobody.
+    pub fn set_switchboard(&self, switchboard: Switchboard) {
+        // The first one stays.
+        drop(self.switchboard.set(Rc::new(switchboard)));
     }
 
     fn make_ready(&self, object: &Rc<Object>) {

@@ -91,6 +91,7 @@ impl Node {
             })?;
         let ring = Arc::new(config.ring(addresses.iter().map(ToString::to_string).collect())?);
         let registry = Arc::new(Registry::default());
+        classes.iter().for_each(|class| class.register(&registry));
         let (order, orders) = watch::channel(Order::Recover);
         let mut orphans = data_dir.workers_from(config.worker_count())?;
         let disks: Vec<_> = listeners

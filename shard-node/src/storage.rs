@@ -285,10 +285,15 @@ impl Storage {
     /// Whether all that replies could tell is durable. If not, `waker` is woken when that may have
     /// changed.
     pub fn is_durable(&self, waker: &Waker) -> bool {
-        let gate = self.gate.get();
-        let durable = self.engine.durable() >= gate;
+        self.is_durable_up_to(self.gate.get(), waker)
+    }
+
+    /// Whether the log is durable up to a position, or will not be in this copy of the object, which is
+    /// then at its end. If not, `waker` is woken when that may have changed.
+    pub(crate) fn is_durable_up_to(&self, position: LogPosition, waker: &Waker) -> bool {
+        let durable = self.engine.durable() >= position;
         if !durable {
-            self.engine.wake_at(gate, waker);
+            self.engine.wake_at(position, waker);
             self.engine.release();
         }
         durable

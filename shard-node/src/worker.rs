@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use http::HeaderValue;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -36,6 +37,7 @@ use crate::server::Server;
 use crate::snapshots::Keeper;
 use crate::storage::logged::{OpenError, PAGE_BYTES, Setup};
 use crate::storage::{LogConfig, Logged};
+use crate::stub::Switchboard;
 
 /// How often idle objects are evicted and overdue requests answered.
 const TICK: Duration = Duration::from_millis(100);
@@ -125,6 +127,17 @@ impl Worker {
             Arc::clone(&self.clock),
             Rc::clone(&metrics),
         );
+        let token = self
+            .token
+            .as_deref()
+            .and_then(|token| HeaderValue::from_str(token).ok());
+        host.set_switchboard(Switchboard::new(
+            &host,
+            self.classes.clone(),
+            Arc::clone(&self.ring),
+            self.me,
+            token,
+        ));
         let alarms = Runner::new(
             Rc::clone(&host),
             self.classes.clone(),

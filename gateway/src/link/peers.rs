@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use http::HeaderValue;
 use metrics::Gauge;
-use ops::Causes;
+use ops::{Causes, exchange};
 use protocol::link::{Hello, LinkFault, Verdict, WELCOME_BYTES, Welcome};
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -123,7 +123,7 @@ impl Links {
 
     async fn make(&self, worker: SocketAddr) -> Result<Arc<Link>, MakeError> {
         let late = |_| MakeError::Connect(io::ErrorKind::TimedOut.into());
-        let mut stream = tokio::time::timeout(self.connect_max, TcpStream::connect(worker))
+        let mut stream = tokio::time::timeout(self.connect_max, exchange::connect(worker))
             .await
             .map_err(late)?
             .map_err(MakeError::Connect)?;
@@ -142,7 +142,6 @@ impl Links {
 
     async fn shake_hands(&self, stream: &mut TcpStream) -> Result<Welcome, MakeError> {
         let socket = SockRef::from(&*stream);
-        socket.set_tcp_nodelay(true)?;
         socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX))?;
         let token = self.token.as_ref().map_or(&b""[..], HeaderValue::as_bytes);
         stream.write_all(&Hello::write(token)?).await?;

@@ -18,12 +18,14 @@ use shard_node::alarm::AlarmState;
 use shard_node::alarms::{AlarmsConfig, Runner};
 use shard_node::class::{AlarmInfo, Args, Body, Class, ClassError, Context, Instance, Json, Turn};
 use shard_node::classes::Classes;
+use shard_node::classes::sharded_counter::{Coordinator, Shard};
 use shard_node::clock::Clock;
 use shard_node::config::{MailboxConfig, ObjectsConfig};
 use shard_node::host::{Address, Host, HostConfig};
 use shard_node::metrics::Metrics;
 use shard_node::object::mailbox::{Event, Reply};
 use shard_node::storage::Logged;
+use shard_node::stub::Switchboard;
 use tokio::sync::Notify;
 use tokio::task::LocalSet;
 use tokio::time::Instant;
@@ -274,6 +276,8 @@ impl Life {
         );
         let classes = crate::examples::classes::classes()
             .with(Planner::default())
+            .with(Coordinator::default())
+            .with(Shard::default())
             .with(Beeper {
                 name: "Beeper".parse().unwrap(),
                 tries: Arc::clone(&world.tries),
@@ -289,6 +293,8 @@ impl Life {
             }],
         };
         let ring = Arc::new(Ring::new(ring).unwrap());
+        let switchboard = Switchboard::new(&host, classes.clone(), Arc::clone(&ring), 0, None);
+        host.set_switchboard(switchboard);
         let runner = Runner::new(
             Rc::clone(&host),
             classes.clone(),
@@ -342,6 +348,11 @@ impl Life {
                 host.tick();
             }
         });
+    }
+
+    /// What happens to the disk from now on.
+    pub(crate) fn set_faults(&self, faults: Vec<Fault>) {
+        self.disk.set_faults(faults);
     }
 
     /// Whether anything of an object is stored.

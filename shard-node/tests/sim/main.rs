@@ -5,6 +5,7 @@
 )]
 
 mod alarms;
+mod counters;
 mod crashes;
 mod differential;
 mod disk;

@@ -11,11 +11,10 @@ use http::{HeaderValue, Request, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
-use ops::Causes;
+use ops::{Causes, exchange};
 use protocol::limiter::{self, ASKS_MAX, Ask, Grant, SLICES};
 use protocol::rate::Terms;
 use protocol::{Home, ObjectId, ObjectName, headers};
-use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
@@ -259,9 +258,8 @@ impl Courier {
         let connection = match usable {
             Some(known) => known,
             None => {
-                let stream = TcpStream::connect(address)
+                let stream = exchange::connect(address)
                     .await
-                    .and_then(|stream| stream.set_nodelay(true).map(|()| stream))
                     .map_err(|source| AskError::Connect { address, source })?;
                 let (sender, driver) = http1::handshake(TokioIo::new(stream))
                     .await

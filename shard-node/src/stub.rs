@@ -1,0 +1,299 @@
+//! Calls from objects to objects: on the same worker without leaving its thread, elsewhere over HTTP/1.1 by the
+//! same headers that gateways use.
+//!
+//! A call leaves its object through the output gate: it waits until whatever the object has committed when it is
+//! made is durable, so that nobody acts upon what may be lost. While it is under way the object takes other
+//! events, as at every await.
+
+mod connections;
+
+use std::future::poll_fn;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::HOST;
+use http::{HeaderValue, Request, StatusCode};
+use http_body_util::{BodyExt, Full, Limited};
+use protocol::ids::ObjectIdError;
+use protocol::ring::Worker;
+use protocol::{ClassName, ErrorCode, Home, ObjectId, ObjectName, Problem, Ring, headers, limits};
+use serde_json::Value as Json;
+
+use self::connections::{Connections, SendError};
+use crate::class::{Args, ClassError, Context};
+use crate::classes::Classes;
+use crate::host::{Address, Host};
+use crate::object::mailbox::{Event, Reply};
+
+/// How long a call may take unless its caller says otherwise.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
+
+/// A handle on another object, which holds none of its state: making one costs no I/O.
+/// (<https://developers.cloudflare.com/durable-objects/api/stub/>)
+#[derive(Clone)]
+pub struct Stub {
+    context: Context,
+    class: ClassName,
+    id: ObjectId,
+    name: Option<ObjectName>,
+    answer_max: Duration,
+}
+
+impl Context {
+    /// The object with this name, on the global ring (`getByName`).
+    pub fn stub(&self, class: &ClassName, name: &ObjectName) -> Stub {
+        self.stub_in(class, Home::Global, name)
+    }
+
+    /// The object with this name whose home is that.
+    pub fn stub_in(&self, class: &ClassName, home: Home, name: &ObjectName) -> Stub {
+        Stub {
+            context: self.clone(),
+            class: class.clone(),
+            id: ObjectId::named(class, home, name),
+            name: Some(name.clone()),
+            answer_max: ANSWER_MAX,
+        }
+    }
+
+    /// The object with this id (`get`).
+    ///
+    /// # Errors
+    /// The id is of another class.
+    pub fn stub_of(&self, class: &ClassName, id: ObjectId) -> Result<Stub, ObjectIdError> {
+        Ok(Stub {
+            context: self.clone(),
+            class: class.clone(),
+            id: id.check_class(class)?,
+            name: None,
+            answer_max: ANSWER_MAX,
+        })
+    }
+
+    /// Waits until all that the object has committed so far is durable.
+    async fn released(&self) {
+        // What this stretch wrote is committed when it ends.
+        let mut ended = false;
+        poll_fn(|cx| match std::mem::replace(&mut ended, true) {
+            true => Poll::Ready(()),
+            false => {
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+        })
+        .await;
+        let storage = self.storage();
+        // Later commits, of other turns, are none of this call's.
+        let gate = storage.gate();
+        poll_fn(|cx| match storage.is_durable_up_to(gate, cx.waker()) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        })
+        .await;
+    }
+}
+
+impl Stub {
+    pub fn id(&self) -> ObjectId {
+        self.id
+    }
+
+    pub fn name(&self) -> Option<&ObjectName> {
+        self.name.as_ref()
+    }
+
+    /// Calls give up after this time, instead of 30 seconds. Whatever was called may go on.
+    #[must_use]
+    pub fn within(self, answer_max: Duration) -> Self {
+        Self { answer_max, ..self }
+    }
+
+    /// Calls a method. Calls of one object to another arrive in the order in which they were made.
+    ///
+    /// # Errors
+    /// [`ClassError::Called`] with what the object, or the system on the way to it, refused; its flag
+    /// `retryable` says that nothing ran.
+    pub async fn call(&self, method: &str, args: Vec<Json>) -> Result<Json, ClassError> {
+        let Some(switchboard) = self.context.switchboard() else {
+            return Err(ClassError::Called(Problem::unavailable(
+                "this host has no way to other objects",
+            )));
+        };
+        self.context.released().await;
+        let called = switchboard.call(self, method, args);
+        tokio::time::timeout(self.answer_max, called)
+            .await
+            .unwrap_or_else(|_| Err(self.too_late()))
+            .map_err(ClassError::Called)
+    }
+
+    fn too_late(&self) -> Problem {
+        Problem::new(
+            ErrorCode::TimedOut,
+            format!(
+                "object {} of class {} did not answer within {:?}; whether the call had an effect is unknown",
+                self.id, self.class, self.answer_max
+            ),
+        )
+    }
+}
+
+/// The ways of one worker's objects to all others.
+pub struct Switchboard {
+    host: Weak<Host>,
+    classes: Classes,
+    ring: Arc<Ring>,
+    /// This worker, as an index into the ring's list.
+    me: usize,
+    token: Option<HeaderValue>,
+    connections: Connections,
+}
+
+impl Switchboard {
+    /// `me` is the worker's place in the ring's list; `token` the cluster's.
+    pub fn new(
+        host: &Rc<Host>,
+        classes: Classes,
+        ring: Arc<Ring>,
+        me: usize,
+        token: Option<HeaderValue>,
+    ) -> Self {
+        Self {
+            host: Rc::downgrade(host),
+            classes,
+            ring,
+            me,
+            token,
+            connections: Connections::default(),
+        }
+    }
+
+    async fn call(&self, stub: &Stub, method: &str, args: Vec<Json>) -> Result<Json, Problem> {
+        let shard = self.ring.shard_of(stub.id);
+        let owner = self.ring.owner(stub.id.home(), shard);
+        let owner = owner.map_err(|error| Problem::unavailable(error.to_string()))?;
+        if std::ptr::eq(owner, &self.ring.workers()[self.me]) {
+            return self.deliver(stub, method, args).await;
+        }
+        self.send(owner, stub, method, &args).await
+    }
+
+    /// To an object of this worker.
+    async fn deliver(&self, stub: &Stub, method: &str, args: Vec<Json>) -> Result<Json, Problem> {
+        let stopping = || Problem::unavailable("the worker is stopping");
+        let host = self.host.upgrade().ok_or_else(stopping)?;
+        let class = self
+            .classes
+            .iter()
+            .find(|class| *class.name() == stub.class);
+        let class = class.cloned().ok_or_else(|| self.no_class(&stub.class))?;
+        let address = Address {
+            class,
+            id: stub.id,
+            name: stub.name.clone(),
+            shard: self.ring.shard_of(stub.id),
+        };
+        let event = Event::Call {
+            method: method.into(),
+            args: Args::new(method, args),
+        };
+        match host.deliver(&address, event).await? {
+            Reply::Value(value) => Ok(value),
+            Reply::Response(_) => Ok(Json::Null),
+        }
+    }
+
+    fn no_class(&self, name: &ClassName) -> Problem {
+        Problem::not_found(format!(
+            "there is no class \"{name}\"; there are {}",
+            self.classes.names()
+        ))
+    }
+
+    /// To another worker.
+    async fn send(
+        &self,
+        owner: &Worker,
+        stub: &Stub,
+        method: &str,
+        args: &[Json],
+    ) -> Result<Json, Problem> {
+        let address = owner.address.as_str();
+        let request = self.request(address, stub, method, args)?;
+        let answer = self.connections.send(address, request).await;
+        let answer = answer.map_err(|error| match error {
+            SendError::NotSent(_) => Problem::unavailable(error.to_string()),
+            SendError::Broken(_) => Problem::outcome_unknown(error.to_string()),
+        })?;
+        let status = answer.response.status();
+        let body = Limited::new(answer.response.into_body(), limits::RPC_BODY_BYTES_MAX).collect();
+        let body = body.await.map_err(|error| {
+            Problem::outcome_unknown(format!("the answer of worker {address} broke off: {error}"))
+        })?;
+        self.connections.put_back(address, answer.sender);
+        let body = body.to_bytes();
+        let senseless = |what: &str| {
+            Problem::outcome_unknown(format!("worker {address} answered {status} and {what}"))
+        };
+        if status == StatusCode::OK {
+            return serde_json::from_slice(&body).map_err(|_| senseless("no JSON"));
+        }
+        let problem = Problem::from_json(&body).ok_or_else(|| senseless("no problem"))?;
+        Err(match problem.code {
+            // Rings of nodes are the same, or are about to be.
+            ErrorCode::NotOwner => Problem::unavailable(problem.detail),
+            _ => problem,
+        })
+    }
+
+    fn request(
+        &self,
+        address: &str,
+        stub: &Stub,
+        method: &str,
+        args: &[Json],
+    ) -> Result<Request<Full<Bytes>>, Problem> {
+        let illegal = |error: &dyn std::fmt::Display| {
+            Problem::bad_request(format!("the call of {method:?} cannot be sent: {error}"))
+        };
+        let body = serde_json::to_vec(args).map_err(|error| illegal(&error))?;
+        if body.len() > limits::RPC_BODY_BYTES_MAX {
+            return Err(Problem::new(
+                ErrorCode::PayloadTooLarge,
+                format!(
+                    "the arguments of a call are larger than {} bytes",
+                    limits::RPC_BODY_BYTES_MAX
+                ),
+            ));
+        }
+        let mut request = Request::post("/")
+            .header(HOST, address)
+            .header(headers::CLASS, stub.class.as_str())
+            .header(headers::OBJECT, stub.id.to_string())
+            .header(
+                headers::SHARD,
+                HeaderValue::from(self.ring.shard_of(stub.id).0),
+            )
+            .header(
+                headers::EPOCH,
+                HeaderValue::from(self.ring.version().0.get()),
+            )
+            .header(headers::METHOD, method)
+            // Objects may call what only the system's own code may.
+            .header(headers::INTERNAL, "1")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|error| illegal(&error))?;
+        let map = request.headers_mut();
+        if let Some(name) = &stub.name {
+            let name = HeaderValue::from_str(&headers::encode_name(name));
+            map.insert(headers::NAME, name.map_err(|error| illegal(&error))?);
+        }
+        if let Some(token) = &self.token {
+            map.insert(headers::TOKEN, token.clone());
+        }
+        Ok(request)
+    }
+}
