@@ -15,5 +15,6 @@ mod robust;
 mod routes;
 mod scripted_link;
 mod support;
+mod unmodified;
 mod upstream_tls;
 mod upstreams;
