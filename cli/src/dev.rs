@@ -113,8 +113,8 @@ impl Admin for DevAdmin {
         self.node.health()
     }
 
-    fn page(&self, method: &admin::Method, path: &str) -> Option<Page> {
-        self.gateway.page(method, path)
+    fn page(&self, method: &admin::Method, path: &str, query: Option<&str>) -> Option<Page> {
+        self.gateway.page(method, path, query)
     }
 
     fn front(&self) -> Option<Front> {

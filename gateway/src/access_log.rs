@@ -48,6 +48,9 @@ pub struct Line<'a> {
     /// Of a refusal by the system.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub refused: Option<&'static str>,
+    /// What the cache of its route did, if that has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<&'static str>,
     /// Which server of an app answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server: Option<std::net::SocketAddr>,

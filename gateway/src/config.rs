@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Parser;
+use clap::builder::FalseyValueParser;
 use ops::args::{ProcessArgs, overrule};
 use ops::config::{Broken, ConfigError, non_empty};
 use protocol::Colo;
@@ -12,6 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::access::AccessConfig;
 use crate::auth::AuthConfig;
+use crate::cache::config::{CacheConfig, RouteCacheConfig};
+use crate::cache::plan::Plans;
 use crate::client::ClientRules;
 use crate::cors::CorsConfig;
 use crate::downstream::certificates::Certificates;
@@ -43,6 +46,8 @@ pub struct Config {
     /// Whether clients may speak HTTP/2: by ALPN, and with prior knowledge.
     pub http2: bool,
     pub admin_listen: String,
+    /// A Unix socket: `gateway --upgrade` takes over from the gateway that waits there. Empty: none.
+    pub upgrade_socket: String,
     /// The site this gateway is in; objects see it.
     pub colo: String,
     /// Threads that serve connections; 0 is one per core.
@@ -68,6 +73,7 @@ pub struct Config {
     /// Ways to know who asks, by name, for `auth` of routes.
     pub auth: BTreeMap<String, AuthConfig>,
     pub access_log: AccessLogConfig,
+    pub cache: CacheConfig,
     /// Rate limits by name, for `limits` of routes.
     pub limits: BTreeMap<String, LimitConfig>,
     /// For `tls_listen`: the one for the name that a client asks for, or else the first.
@@ -83,6 +89,7 @@ impl Default for Config {
             tls_listen: String::new(),
             http2: true,
             admin_listen: "127.0.0.1:8081".to_owned(),
+            upgrade_socket: String::new(),
             colo: "unknown".to_owned(),
             threads: 0,
             drain_max: Duration::from_secs(30),
@@ -97,6 +104,7 @@ impl Default for Config {
             client: ClientConfig::default(),
             auth: BTreeMap::new(),
             access_log: AccessLogConfig::default(),
+            cache: CacheConfig::default(),
             limits: BTreeMap::new(),
             certificates: Vec::new(),
             routes: Vec::new(),
@@ -219,6 +227,8 @@ pub struct ObjectsConfig {
     pub creations: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cors: Option<CorsConfig>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<RouteCacheConfig>,
 }
 
 /// Keys that a running gateway reads again.
@@ -271,9 +281,13 @@ impl Config {
             let broken = Broken::value("sample", self.access_log.sample, "must be from 0 to 1");
             return Err(broken.under("access_log").into());
         }
+        self.cache
+            .validate()
+            .map_err(|broken| broken.under("cache"))?;
         ClientRules::new(&self.client).map_err(|broken| broken.under("client"))?;
         let routes = Routes::new(self)?;
         RuleSet::check(self, &routes)?;
+        Plans::new(self, &routes)?;
         Ok(())
     }
 
@@ -333,6 +347,13 @@ pub struct Args {
     /// Threads that serve connections; 0 is one per core
     #[arg(long, env = "DORMOUSE_THREADS")]
     pub threads: Option<u16>,
+    /// Take over the listening sockets of the gateway that waits at the upgrade socket, which then ends; if
+    /// there is none, start as usual
+    #[arg(long, env = "DORMOUSE_UPGRADE", value_parser = FalseyValueParser::new())]
+    pub upgrade: bool,
+    /// Unix socket to be relieved at, and to take over at
+    #[arg(long, env = "DORMOUSE_UPGRADE_SOCKET", value_name = "PATH")]
+    pub upgrade_socket: Option<String>,
     /// Workers to learn the ring from
     #[arg(
         long,
@@ -357,6 +378,7 @@ impl Args {
         overrule(&mut config.admin_listen, given.admin_listen);
         overrule(&mut config.colo, given.colo);
         overrule(&mut config.threads, self.threads);
+        overrule(&mut config.upgrade_socket, self.upgrade_socket.clone());
         overrule(
             &mut config.nodes,
             (!self.nodes.is_empty()).then(|| self.nodes.clone()),
@@ -418,6 +440,7 @@ mod tests {
             include_str!("auth/api_key.rs"),
             include_str!("auth/jwt.rs"),
             include_str!("auth/signed_url.rs"),
+            include_str!("cache/config.rs"),
             include_str!("cors.rs"),
             include_str!("validate.rs"),
         );

@@ -5,10 +5,13 @@ mod coalesce;
 mod preface;
 mod prior;
 
+use std::cell::Cell;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::Duration;
 
 use ops::Causes;
@@ -43,6 +46,10 @@ const BEGIN_MAX: Duration = Duration::from_secs(60);
 /// How long a PROXY header and a TLS handshake may take.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
+/// How long a gateway that was relieved by another waits for the next request of an open connection, to answer
+/// it and say that it is the last. Closing before that could cross with the request.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
 /// When a gateway stops, the first request of a new connection may be on its way.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
@@ -68,18 +75,25 @@ pub fn acceptor(resolver: Resolver, http_2: bool) -> Arc<Acceptor> {
     Arc::new(settings.build())
 }
 
-/// Sockets on one port, one per thread.
-pub fn listen(address: &str, threads: usize) -> io::Result<Vec<std::net::TcpListener>> {
-    let mut address = address
-        .to_socket_addrs()?
-        .next()
-        .ok_or_else(|| io::Error::other("the address resolves to nothing"))?;
-    if address.port() != 0 {
+/// Sockets on one port, at least one per thread. Those that were taken over are all among them: closing one
+/// would reset the connections in its queue.
+pub fn listen(
+    address: &str,
+    threads: usize,
+    mut listeners: Vec<std::net::TcpListener>,
+) -> io::Result<Vec<std::net::TcpListener>> {
+    let mut address = match listeners.first() {
+        Some(listener) => listener.local_addr()?,
+        None => address
+            .to_socket_addrs()?
+            .next()
+            .ok_or_else(|| io::Error::other("the address resolves to nothing"))?,
+    };
+    if address.port() != 0 && listeners.is_empty() {
         // SO_REUSEPORT would share the port with a stranger of the same user without a word.
         drop(std::net::TcpListener::bind(address)?);
     }
-    let mut listeners = Vec::with_capacity(threads);
-    for _ in 0..threads {
+    while listeners.len() < threads {
         let socket = Socket::new(
             Domain::for_address(address),
             Type::STREAM,
@@ -97,22 +111,41 @@ pub fn listen(address: &str, threads: usize) -> io::Result<Vec<std::net::TcpList
     Ok(listeners)
 }
 
-/// The listeners of one thread.
+/// The listeners of one thread, each with whether it is for TLS.
 pub struct Doors {
-    pub plain: TcpListener,
-    pub tls: Option<TcpListener>,
+    listeners: Vec<(TcpListener, bool)>,
+    /// Where the next look begins, so that none is always last.
+    next: Cell<usize>,
 }
 
 impl Doors {
+    pub fn new(
+        plain: Vec<std::net::TcpListener>,
+        tls: Vec<std::net::TcpListener>,
+    ) -> io::Result<Self> {
+        let plain = plain.into_iter().map(|listener| (listener, false));
+        let all = plain.chain(tls.into_iter().map(|listener| (listener, true)));
+        let all = all.map(|(listener, secure)| Ok((TcpListener::from_std(listener)?, secure)));
+        Ok(Self {
+            listeners: all.collect::<io::Result<_>>()?,
+            next: Cell::new(0),
+        })
+    }
+
     /// The next connection, and whether it came in for TLS.
     async fn accept(&self) -> (io::Result<(TcpStream, SocketAddr)>, bool) {
-        let Some(tls) = &self.tls else {
-            return (self.plain.accept().await, false);
-        };
-        tokio::select! {
-            accepted = self.plain.accept() => (accepted, false),
-            accepted = tls.accept() => (accepted, true),
-        }
+        std::future::poll_fn(|context| {
+            let first = self.next.get();
+            self.next.set(first.wrapping_add(1));
+            let (before, from) = self.listeners.split_at(first % self.listeners.len());
+            for (listener, secure) in from.iter().chain(before) {
+                if let Poll::Ready(accepted) = listener.poll_accept(context) {
+                    return Poll::Ready((accepted, *secure));
+                }
+            }
+            Poll::Pending
+        })
+        .await
     }
 }
 
@@ -186,7 +219,7 @@ impl Connection {
         let begun = tokio::select! {
             begun = tokio::time::timeout(BEGIN_MAX, self.begin()) => begun,
             // Nothing was asked, and nothing will be.
-            () = stopped(stop.clone()) => return,
+            () = stopped(stop.clone(), &shared) => return,
         };
         match begun {
             Ok(Ok(stream)) => {
@@ -238,10 +271,14 @@ impl Connection {
     }
 }
 
-async fn stopped(mut stop: watch::Receiver<bool>) {
+async fn stopped(mut stop: watch::Receiver<bool>, shared: &Shared) {
     // The sender lives as long as the gateway.
     drop(stop.wait_for(|stop| *stop).await);
-    tokio::time::sleep(LAST_WORDS).await;
+    let last_words = match shared.relieved.load(Ordering::Relaxed) {
+        true => PATIENCE,
+        false => LAST_WORDS,
+    };
+    tokio::time::sleep(last_words).await;
 }
 
 /// Counts a connection while it is open, however it ends.

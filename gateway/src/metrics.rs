@@ -43,6 +43,7 @@ impl RouteLabel {
 pub struct Metrics {
     registry: Arc<Registry>,
     requests: DashMap<(RouteLabel, Code), Requests>,
+    cached: DashMap<(RouteLabel, &'static str), Counter>,
     pub connections: Gauge,
     pub connections_total: Counter,
     pub connections_refused: Counter,
@@ -51,6 +52,21 @@ pub struct Metrics {
     pub not_owner: Counter,
     pub links: Gauge,
     pub ring_version: Gauge,
+    pub cache: CacheMetrics,
+}
+
+/// What is counted of the cache, but for requests.
+#[derive(Clone)]
+pub struct CacheMetrics {
+    pub entries: Gauge,
+    pub bytes: Gauge,
+    pub evictions: Counter,
+    pub purges: Counter,
+    pub purged: Counter,
+    pub refreshes: Counter,
+    pub collapsed: Counter,
+    pub peer_looks: Counter,
+    pub peers_silent: Gauge,
 }
 
 /// What is counted of one pool.
@@ -85,6 +101,7 @@ impl Metrics {
             Self {
                 registry,
                 requests: DashMap::new(),
+                cached: DashMap::new(),
                 connections: gauge!("gateway_connections"),
                 connections_total: counter!("gateway_connections_total"),
                 connections_refused: counter!("gateway_connections_refused_total"),
@@ -93,6 +110,17 @@ impl Metrics {
                 not_owner: counter!("gateway_not_owner_total"),
                 links: gauge!("gateway_links"),
                 ring_version: gauge!("gateway_ring_version"),
+                cache: CacheMetrics {
+                    entries: gauge!("gateway_cache_entries"),
+                    bytes: gauge!("gateway_cache_bytes"),
+                    evictions: counter!("gateway_cache_evictions_total"),
+                    purges: counter!("gateway_cache_purges_total"),
+                    purged: counter!("gateway_cache_purged_total"),
+                    refreshes: counter!("gateway_cache_refreshes_total"),
+                    collapsed: counter!("gateway_cache_collapsed_total"),
+                    peer_looks: counter!("gateway_cache_peer_looks_total"),
+                    peers_silent: gauge!("gateway_cache_peers_silent"),
+                },
             }
         })
     }
@@ -121,6 +149,24 @@ impl Metrics {
             ejections: counter!("gateway_upstream_ejections_total", "upstream" => name.clone()),
             retries_refused: counter!("gateway_upstream_retries_refused_total", "upstream" => name),
         })
+    }
+
+    /// A request of a route that has a cache, and what the cache did with it.
+    pub fn cached(&self, route: &RouteLabel, outcome: &'static str) {
+        let key = (route.clone(), outcome);
+        let counter = match self.cached.get(&key) {
+            Some(counter) => counter.clone(),
+            None => {
+                let route = route.as_str().to_owned();
+                let make = || {
+                    self.registry.register(
+                        || counter!("gateway_cache_requests_total", "route" => route, "outcome" => outcome),
+                    )
+                };
+                self.cached.entry(key).or_insert_with(make).clone()
+            }
+        };
+        counter.increment(1);
     }
 
     /// When a certificate that clients are shown ends.
@@ -164,7 +210,48 @@ impl Metrics {
     }
 }
 
+fn describe_cache() {
+    describe_counter!(
+        "gateway_cache_requests_total",
+        "Requests of routes with a cache, by route and outcome: hit, stale, revalidated, miss, bypass"
+    );
+    describe_gauge!("gateway_cache_entries", "Answers in the cache");
+    describe_gauge!(
+        "gateway_cache_bytes",
+        "Memory of the answers in the cache and of those on their way into it"
+    );
+    describe_counter!(
+        "gateway_cache_evictions_total",
+        "Answers that left the cache for want of room"
+    );
+    describe_counter!(
+        "gateway_cache_purges_total",
+        "Tags purged, here or by other gateways"
+    );
+    describe_counter!(
+        "gateway_cache_purged_total",
+        "Answers that left the cache because a tag of theirs was purged"
+    );
+    describe_counter!(
+        "gateway_cache_refreshes_total",
+        "Requests that the cache made while it served a stale answer"
+    );
+    describe_counter!(
+        "gateway_cache_collapsed_total",
+        "Requests that waited for another one which fetched the same"
+    );
+    describe_counter!(
+        "gateway_cache_peer_looks_total",
+        "Times that another gateway told its purges"
+    );
+    describe_gauge!(
+        "gateway_cache_peers_silent",
+        "Other gateways that do not tell their purges"
+    );
+}
+
 fn describe() {
+    describe_cache();
     describe_counter!(
         "gateway_limit_decisions_total",
         "Answers of rate limits, by limit and outcome; unreachable: by its configuration"

@@ -2,12 +2,14 @@
 //! it.
 
 mod answers;
+mod cached;
 mod dynamic;
 mod heads;
 mod linked;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -15,6 +17,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, EXPECT, HOST, SET_COOKIE, USER_AGENT};
 use http::{HeaderValue, Method};
+use pingora_cache::key::HashBinary;
+use pingora_cache::{CacheKey, CacheMeta, RespCacheable};
 use pingora_core::protocols::ALPN;
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, Result};
@@ -28,6 +32,7 @@ use tracing::debug;
 
 use crate::access_log::{self, AccessLog, Line};
 use crate::asked::{Asked, Params};
+use crate::cache::{Cache, policy};
 use crate::config::{RequestsConfig, RetryConfig};
 use crate::cors::Grant;
 use crate::hot::Hot;
@@ -42,6 +47,7 @@ use crate::rules::{Admission, Creation};
 use crate::upstream::server::Outcome;
 use crate::upstream::{Choice, Upstream};
 use answers::{Answer, compress, receive_rest, refuse, secure_headers, tell_browser};
+use cached::Cached;
 pub use dynamic::Dynamic;
 use heads::{
     forwarded, host, is_secure, pass_upgrade, peer_ip, require_one_host, strip, strip_response, uri,
@@ -61,6 +67,9 @@ pub struct Shared {
     pub retry: RetryConfig,
     pub placement: Arc<Placement>,
     pub dynamic: ArcSwap<Dynamic>,
+    pub cache: &'static Cache,
+    /// Another process goes on with the listening sockets.
+    pub relieved: AtomicBool,
     pub metrics: Metrics,
     /// Objects that requests go to, by class and name; one of some requests is counted.
     pub hot_objects: Hot,
@@ -85,6 +94,7 @@ pub struct Request {
     /// Of its route, if that has one.
     body_bytes_max: Option<u64>,
     label: RouteLabel,
+    cached: Cached,
     /// Where it came in.
     colo: Colo,
     finish: Finish,
@@ -173,10 +183,11 @@ impl Proxy {
             asked.claims = admission.claims();
             request.body_bytes_max = admission.body_bytes_max();
         }
-        match dynamic
+        let target = dynamic
             .routes
-            .target(found, &asked, || rand::rng().random())?
-        {
+            .target(found, &asked, || rand::rng().random())?;
+        request.cached = Cached::of(&dynamic, found, &asked, &target);
+        match target {
             Target::Object(target) => {
                 let call = matches!(target.ask, Ask::Call { .. });
                 if call && announced.is_some_and(|bytes| bytes > limits::RPC_BODY_BYTES_MAX as u64)
@@ -383,6 +394,7 @@ impl ProxyHttp for Proxy {
             held: None,
             body_bytes_max: None,
             label: RouteLabel::Contract("none"),
+            cached: Cached::default(),
             colo: self.0.colo,
             finish: Finish::default(),
             tries: 0,
@@ -404,7 +416,9 @@ impl ProxyHttp for Proxy {
             request.trace = given.child(request.trace.span);
         }
         let mut aim = self.route(session, request);
+        // What the cache asks for by itself has been admitted once.
         if let Ok(found) = &aim
+            && session.subrequest_ctx.is_none()
             && let Err(refusal) = admit(session, request, found).await
         {
             aim = Err(refusal);
@@ -444,6 +458,54 @@ impl ProxyHttp for Proxy {
             return Err(Error::new(BODY_TOO_LARGE));
         }
         Ok(())
+    }
+
+    fn request_cache_filter(&self, session: &mut Session, request: &mut Request) -> Result<()> {
+        if request.cached.is_keyed() {
+            self.0.cache.enable(session);
+        }
+        Ok(())
+    }
+
+    fn cache_key_callback(&self, _session: &Session, request: &mut Request) -> Result<CacheKey> {
+        request.cached.key()
+    }
+
+    async fn proxy_upstream_filter(
+        &self,
+        _session: &mut Session,
+        request: &mut Request,
+    ) -> Result<bool> {
+        request.cached.asked_at(self.0.cache.moment());
+        Ok(true)
+    }
+
+    fn response_cache_filter(
+        &self,
+        _session: &Session,
+        response: &ResponseHeader,
+        request: &mut Request,
+    ) -> Result<RespCacheable> {
+        Ok(request.cached.keep(response))
+    }
+
+    fn cache_vary_filter(
+        &self,
+        meta: &CacheMeta,
+        _request: &mut Request,
+        head: &RequestHeader,
+    ) -> Option<HashBinary> {
+        policy::variance(meta.headers(), &head.headers)
+    }
+
+    /// `None` asks whether that may be while a new answer is fetched.
+    fn should_serve_stale(
+        &self,
+        _session: &mut Session,
+        _request: &mut Request,
+        error: Option<&Error>,
+    ) -> bool {
+        error.is_none_or(|error| *error.esource() != ErrorSource::Downstream)
     }
 
     async fn upstream_peer(
@@ -534,10 +596,24 @@ impl ProxyHttp for Proxy {
 
     async fn response_filter(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         response: &mut ResponseHeader,
         request: &mut Request,
     ) -> Result<()> {
+        if let Some(Aim::App(app)) = &request.aim {
+            if request.finish.security_headers {
+                secure_headers(response, is_secure(session))?;
+            }
+            let cookie = app.choice.as_ref().and_then(|c| c.set_cookie.as_ref());
+            if let Some(cookie) = cookie.filter(|_| !cached::is_given_again(session)) {
+                response.append_header(SET_COOKIE, cookie)?;
+            }
+        }
+        if cached::is_given_again(session) {
+            // Whatever the object was asked for before, nothing is new now.
+            request.settle_creation(false);
+        }
+        request.cached.say(session, response)?;
         tell_browser(response, &request.grant)
     }
 
@@ -547,6 +623,7 @@ impl ProxyHttp for Proxy {
         response: &mut ResponseHeader,
         request: &mut Request,
     ) -> Result<()> {
+        request.cached.learn(self.0.cache, response);
         if let Some(Aim::App(app)) = &request.aim {
             strip_response(response);
             let status = response.status.as_u16();
@@ -559,12 +636,6 @@ impl ProxyHttp for Proxy {
             {
                 request.failure = Some(Failure::Status);
                 return Err(Error::new_up(BAD_STATUS));
-            }
-            if request.finish.security_headers {
-                secure_headers(response, is_secure(session))?;
-            }
-            if let Some(cookie) = app.choice.as_ref().and_then(|c| c.set_cookie.as_ref()) {
-                response.append_header(SET_COOKIE, cookie)?;
             }
             return Ok(());
         }
@@ -679,6 +750,13 @@ impl ProxyHttp for Proxy {
 
     async fn logging(&self, session: &mut Session, error: Option<&Error>, request: &mut Request) {
         let took = request.begun.elapsed();
+        if session.subrequest_ctx.is_some() {
+            self.0.metrics.cache.refreshes.increment(1);
+            return;
+        }
+        request
+            .cached
+            .count(session, &self.0.metrics, &request.label);
         let code = match (request.refused, session.response_written()) {
             (Some(refused), _) => Code::Refused(refused),
             (None, Some(response)) => Code::Status(response.status.as_u16()),
@@ -721,6 +799,7 @@ impl Proxy {
                 .response_written()
                 .map_or(0, |head| head.status.as_u16()),
             refused: request.refused.map(ErrorCode::name),
+            cache: request.cached.outcome(session),
             server: match &request.aim {
                 Some(Aim::App(app)) => app
                     .choice

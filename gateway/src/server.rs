@@ -1,15 +1,13 @@
-//! One process: its threads, its admin listener, its start and its end.
+//! One gateway: its threads, what it shows its operator, its start and its end.
 //!
 //! Each thread has a runtime, a listener on the shared port (SO_REUSEPORT spreads the connections)
 //! and a pingora proxy with its own pool of upstream connections: a request never leaves its thread.
 
 use std::collections::BTreeMap;
-use std::error::Error;
 use std::io;
-use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,32 +18,41 @@ use ops::admin::{self, Admin, Page};
 use ops::config::{ConfigError, non_empty, token_header};
 use ops::metrics::Registry;
 use ops::operator::Front;
-use ops::process::{self, Order, Signals};
-use ops::watch::Watch;
 use pingora_core::apps::HttpServerApp;
 use pingora_core::server::configuration::ServerConf;
 use pingora_proxy::HttpProxy;
 use protocol::RingVersion;
 use protocol::ring::RingDocument;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::access_log::OpenError;
-use crate::config::{Args, Config};
+use crate::cache::Cache;
+use crate::cache::peers::Peer;
+use crate::config::Config;
 use crate::downstream::certificates::{Certificates, Resolver};
-use crate::downstream::{self, Doors, Unwrap, acceptor, listen};
+use crate::downstream::{self, Doors, PATIENCE, Unwrap, acceptor, listen};
 use crate::hot::Hot;
 use crate::limit::shared::Link;
 use crate::link::Links;
 use crate::metrics::Metrics;
 use crate::placement::{Placement, RingSource};
 use crate::proxy::{Dynamic, Proxy, Shared};
+use crate::upgrade::{Kind, Sockets};
 use crate::upstream::UpstreamError;
 use crate::upstream::tls::authorities_file;
 
+mod process;
+
+pub use process::{Reloader, main};
+
 /// How long a starting gateway waits for its first ring before it says that it is ready.
 const SETTLE_MAX: Duration = Duration::from_secs(1);
+
+/// The same for one that takes over from another: that one goes on meanwhile.
+const INHERIT_MAX: Duration = Duration::from_secs(10);
 
 /// Why a gateway did not start.
 #[derive(Debug, thiserror::Error)]
@@ -81,14 +88,27 @@ pub struct Gateway {
     stop: watch::Sender<bool>,
     threads: Vec<JoinHandle<()>>,
     keeper: Option<tokio::task::JoinHandle<()>>,
+    /// Asks other gateways for their purges.
+    peers: JoinSet<()>,
     /// Whether a ring is to be expected.
     for_objects: bool,
+    /// All that it listens on.
+    sockets: Sockets,
 }
 
 impl Gateway {
     /// Binds the port and starts the threads. When it returns, the gateway serves. Needs a tokio
     /// runtime for the background task that keeps the ring.
     pub async fn start(config: &Config, ring: RingFrom) -> Result<Self, StartError> {
+        Self::start_with(config, ring, &mut Sockets::default()).await
+    }
+
+    /// The same, with sockets that another gateway listens on. What is not taken of them is left.
+    pub async fn start_with(
+        config: &Config,
+        ring: RingFrom,
+        inherited: &mut Sockets,
+    ) -> Result<Self, StartError> {
         config.validate()?;
         warn_of(config);
         let registry = Arc::new(Registry::default());
@@ -107,28 +127,25 @@ impl Gateway {
             retry: config.retry.clone(),
             placement: Arc::clone(&link.placement),
             dynamic: ArcSwap::from_pointee(dynamic),
+            cache: Cache::new(&config.cache, &metrics),
+            relieved: AtomicBool::new(false),
             metrics,
             hot_objects: Hot::default(),
         });
+        let peers = follow_peers(config, &shared)?;
         let certificates = Certificates::new(&config.certificates);
         let certificates = certificates.map_err(|broken| broken.under("certificates"));
         let certificates = Arc::new(ArcSwap::from_pointee(
             certificates.map_err(ConfigError::from)?,
         ));
-        let (listeners, address) = bind(&config.listen, config.thread_count())?;
-        let mut tls_listeners = Vec::new();
-        let mut tls_address = None;
-        if let Some(wanted) = non_empty(&config.tls_listen) {
-            let (bound, address) = bind(wanted, config.thread_count())?;
-            (tls_listeners, tls_address) = (bound, Some(address));
-        }
+        let doors = Bound::new(config, inherited)?;
+        let (address, tls_address) = (doors.address, doors.tls_address);
         let resolver = Resolver(Arc::clone(&certificates));
         let unwrap = Unwrap {
             tls: tls_address.map(|_| acceptor(resolver, config.http2)),
             http_2: config.http2,
             proxy_protocol: config.client.proxy_protocol,
         };
-        let mut tls_listeners = tls_listeners.into_iter();
         let for_objects = matches!(ring, RingFrom::Document(_)) || !config.nodes.is_empty();
         let keeper = match ring {
             RingFrom::Document(document) => {
@@ -148,11 +165,15 @@ impl Gateway {
         };
         let (stop, stopped) = watch::channel(false);
         let conf = Arc::new(server_conf(config));
-        let mut threads = Vec::with_capacity(listeners.len());
-        for (number, listener) in listeners.into_iter().enumerate() {
+        if doors.is_inherited && for_objects {
+            // Requests come at once, and the other gateway can still answer them.
+            ring_known(&shared.placement, INHERIT_MAX).await;
+        }
+        let mut threads = Vec::with_capacity(config.thread_count());
+        for (number, (plain, tls)) in doors.per_thread.into_iter().enumerate() {
             let thread = Thread {
-                listener,
-                tls_listener: tls_listeners.next(),
+                plain,
+                tls,
                 unwrap: unwrap.clone(),
                 shared: Arc::clone(&shared),
                 conf: Arc::clone(&conf),
@@ -176,7 +197,9 @@ impl Gateway {
             stop,
             threads,
             keeper,
+            peers,
             for_objects,
+            sockets: doors.sockets,
         })
     }
 
@@ -199,16 +222,20 @@ impl Gateway {
         if !self.for_objects {
             return;
         }
-        let settled = async {
-            while self.shared.placement.version().is_none() {
-                self.shared.placement.refresh().await;
-            }
-        };
-        if tokio::time::timeout(SETTLE_MAX, settled).await.is_err() {
+        if !ring_known(&self.shared.placement, SETTLE_MAX).await {
             warn!(
                 "no node has shown its ring yet; requests for objects are refused until one does"
             );
         }
+    }
+
+    /// What a successor takes over.
+    pub fn sockets(&mut self) -> &mut Sockets {
+        &mut self.sockets
+    }
+
+    pub fn cache(&self) -> &'static Cache {
+        self.shared.cache
     }
 
     /// Takes the routes and upstreams of a new configuration. Requests under way keep the old ones.
@@ -237,7 +264,10 @@ impl Gateway {
         }
         let upstreams = &self.shared.dynamic.load().upstreams;
         if !upstreams.is_empty() && !upstreams.values().any(|upstream| upstream.is_available()) {
-            return Err("no server of any upstream is well".to_owned());
+            let mut names: Vec<&str> = upstreams.keys().map(String::as_str).collect();
+            names.sort_unstable();
+            let names = names.join(", ");
+            return Err(format!("no server of any upstream is well ({names})"));
         }
         Ok(())
     }
@@ -256,6 +286,7 @@ impl Gateway {
         metrics.ring_version.set(version as f64);
         let dynamic = self.shared.dynamic.load();
         dynamic.rules.publish();
+        self.shared.cache.publish();
         dynamic
             .upstreams
             .values()
@@ -273,9 +304,19 @@ impl Gateway {
         }
     }
 
+    /// Stops accepting, because another process does so on the same sockets. Blocks nobody;
+    /// [`shut_down`](Self::shut_down) waits for the end.
+    pub fn leave(&self) {
+        self.shared.relieved.store(true, Ordering::Relaxed);
+        self.stop.send_replace(true);
+    }
+
     /// Stops accepting, lets requests under way finish, and ends the threads. Takes at most
     /// `drain_max`. Blocks.
-    pub fn shut_down(self) {
+    pub fn shut_down(mut self) {
+        // Else connections would wait in queues that nobody looks at.
+        self.sockets = Sockets::default();
+        self.peers.abort_all();
         // Threads hold the receivers; if all are gone there is nobody to tell.
         self.stop.send_replace(true);
         if let Some(keeper) = self.keeper {
@@ -292,18 +333,83 @@ impl Gateway {
     }
 }
 
-/// Sockets on one port, one per thread, and their address.
-fn bind(
-    address: &str,
-    threads: usize,
-) -> Result<(Vec<std::net::TcpListener>, SocketAddr), StartError> {
-    let failed = |source| StartError::Listen {
-        address: address.to_owned(),
-        source,
+/// Hears of what other gateways purge.
+fn follow_peers(config: &Config, shared: &Shared) -> Result<JoinSet<()>, StartError> {
+    let token = non_empty(&config.admin_token).map(|token| format!("Bearer {token}"));
+    let token = token.as_deref().map(token_header).transpose()?.flatten();
+    let mut following = JoinSet::new();
+    for address in &config.cache.peers {
+        let peer = Peer::new(address.clone(), token.clone());
+        let metrics = shared.metrics.cache.clone();
+        following.spawn(peer.follow(shared.cache, config.cache.peers_every, metrics));
+    }
+    Ok(following)
+}
+
+/// Sockets for all threads.
+struct Bound {
+    address: SocketAddr,
+    tls_address: Option<SocketAddr>,
+    /// Of each thread, those for plain connections and those for TLS.
+    per_thread: Vec<(Vec<TcpListener>, Vec<TcpListener>)>,
+    /// All of them once more.
+    sockets: Sockets,
+    is_inherited: bool,
+}
+
+impl Bound {
+    fn new(config: &Config, inherited: &mut Sockets) -> Result<Self, StartError> {
+        let threads = config.thread_count();
+        let mut all = Self {
+            address: SocketAddr::from(([0, 0, 0, 0], 0)),
+            tls_address: None,
+            per_thread: (0..threads).map(|_| Default::default()).collect(),
+            sockets: Sockets::default(),
+            is_inherited: false,
+        };
+        all.address = all.bind(Kind::Plain, &config.listen, inherited)?;
+        if let Some(wanted) = non_empty(&config.tls_listen) {
+            all.tls_address = Some(all.bind(Kind::Tls, wanted, inherited)?);
+        }
+        Ok(all)
+    }
+
+    fn bind(
+        &mut self,
+        kind: Kind,
+        address: &str,
+        inherited: &mut Sockets,
+    ) -> Result<SocketAddr, StartError> {
+        let failed = |source| StartError::Listen {
+            address: address.to_owned(),
+            source,
+        };
+        let threads = self.per_thread.len();
+        let inherited = inherited.take(kind, address).map_err(failed)?;
+        self.is_inherited |= !inherited.is_empty();
+        let listeners = listen(address, threads, inherited).map_err(failed)?;
+        let bound = listeners[0].local_addr().map_err(failed)?;
+        for (number, listener) in listeners.into_iter().enumerate() {
+            let copy = listener.try_clone().map_err(failed)?;
+            self.sockets.push(kind, copy);
+            let (plain, tls) = &mut self.per_thread[number % threads];
+            match kind {
+                Kind::Tls => tls.push(listener),
+                Kind::Plain | Kind::Admin => plain.push(listener),
+            }
+        }
+        Ok(bound)
+    }
+}
+
+/// Waits for a ring; whether there is one.
+async fn ring_known(placement: &Placement, at_most: Duration) -> bool {
+    let known = async {
+        while placement.version().is_none() {
+            placement.refresh().await;
+        }
     };
-    let listeners = listen(address, threads).map_err(failed)?;
-    let bound = listeners[0].local_addr().map_err(failed)?;
-    Ok((listeners, bound))
+    tokio::time::timeout(at_most, known).await.is_ok()
 }
 
 fn warn_of(config: &Config) {
@@ -326,8 +432,8 @@ fn server_conf(config: &Config) -> ServerConf {
 
 /// One thread with everything it owns.
 struct Thread {
-    listener: std::net::TcpListener,
-    tls_listener: Option<std::net::TcpListener>,
+    plain: Vec<TcpListener>,
+    tls: Vec<TcpListener>,
     unwrap: Unwrap,
     shared: Arc<Shared>,
     conf: Arc<ServerConf>,
@@ -353,12 +459,7 @@ impl Thread {
         let mut proxy = HttpProxy::new(proxy, Arc::clone(&self.conf));
         proxy.handle_init_modules();
         let proxy = Arc::new(proxy);
-        let tls = self.tls_listener.map(TcpListener::from_std).transpose();
-        let doors = TcpListener::from_std(self.listener).and_then(|plain| {
-            let tls = tls?;
-            Ok(Doors { plain, tls })
-        });
-        let doors = match doors {
+        let doors = match Doors::new(self.plain, self.tls) {
             Ok(doors) => doors,
             Err(error) => {
                 warn!(error = %Causes(&error), "the listener cannot be used");
@@ -367,9 +468,17 @@ impl Thread {
         };
         let mut connections =
             downstream::serve(doors, &proxy, &self.shared, &self.unwrap, self.stop).await;
+        let begun = Instant::now();
+        if self.shared.relieved.load(Ordering::Relaxed) {
+            // Those that wait for a next request are told with its answer that it was the last.
+            let patience = PATIENCE.min(self.drain_max);
+            let ended = async { while connections.join_next().await.is_some() {} };
+            // Who has not asked by then may be cut off.
+            drop(tokio::time::timeout(patience, ended).await);
+        }
         // Connections that wait for a next request close; the others finish theirs.
         proxy.http_cleanup().await;
-        let drained = tokio::time::timeout(self.drain_max, async {
+        let drained = tokio::time::timeout_at(begun + self.drain_max, async {
             while connections.join_next().await.is_some() {}
         });
         if drained.await.is_err() {
@@ -397,8 +506,12 @@ impl Admin for GatewayAdmin {
         self.gateway.health()
     }
 
-    fn page(&self, _method: &http::Method, path: &str) -> Option<Page> {
+    fn page(&self, method: &http::Method, path: &str, query: Option<&str>) -> Option<Page> {
         let shared = &self.gateway.shared;
+        if path.starts_with("/cache") {
+            let plans = &shared.dynamic.load().plans;
+            return crate::cache::operator::page(shared.cache, plans, method, path, query);
+        }
         match path {
             "/ring" => Some(match shared.placement.document() {
                 Some(document) => admin::json(&document),
@@ -429,129 +542,4 @@ impl Admin for GatewayAdmin {
             token: shared.token.clone(),
         })
     }
-}
-
-/// The whole life of the process `gateway`.
-pub fn main(args: &Args) -> ExitCode {
-    process::exit_code("gateway", run(args))
-}
-
-fn run(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let config = args.load()?;
-    if args.process.check {
-        token_header(&config.token)?;
-        for warning in config.warnings() {
-            process::print_line(&format!("warning: {warning}"));
-        }
-        process::print_line("the configuration is valid");
-        return Ok(());
-    }
-    let runtime = process::begin(&args.process.log, "info")?;
-    runtime.block_on(serve(&config, args.process.config.clone()))
-}
-
-async fn serve(config: &Config, file: Option<PathBuf>) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let mut signals = Signals::listen()?;
-    let admin_listener = admin::bind(&config.admin_listen).await?;
-    let admin_address = admin_listener.local_addr()?;
-    let gateway = Arc::new(Gateway::start(config, RingFrom::Nodes).await?);
-    let handle = gateway.registry().handle();
-    let upkeep = tokio::spawn(ops::metrics::upkeep(handle.clone()));
-    let pages = Arc::new(GatewayAdmin {
-        gateway: Arc::clone(&gateway),
-        metrics: handle,
-    });
-    let token = non_empty(&config.admin_token).map(Arc::from);
-    let admin = tokio::spawn(admin::serve(admin_listener, token, pages));
-    gateway.settle().await;
-    process::print_line(&format!(
-        "ready http://{} admin http://{admin_address}{}",
-        gateway.address(),
-        gateway
-            .tls_address()
-            .map_or_else(String::new, |address| format!(" tls https://{address}"))
-    ));
-    Reloader::new(&gateway, file, config.watch_every)
-        .until_stopped(&mut signals)
-        .await;
-    info!("stopping");
-    upkeep.abort();
-    admin.abort();
-    // Cancelled: that is what was asked for.
-    drop(admin.await);
-    let gateway = Arc::into_inner(gateway).ok_or("the admin listener still runs")?;
-    tokio::task::spawn_blocking(move || gateway.shut_down()).await?;
-    Ok(())
-}
-
-/// Reads the config file again when it, or a file that it names, changes, or when somebody says so.
-pub struct Reloader<'a> {
-    gateway: &'a Gateway,
-    file: Option<PathBuf>,
-    watch: Watch,
-    /// What the file said when the gateway started.
-    begun: Config,
-}
-
-impl<'a> Reloader<'a> {
-    /// `every` is how often the file is looked at; 0 is never.
-    pub fn new(gateway: &'a Gateway, file: Option<PathBuf>, every: Duration) -> Self {
-        let begun = file
-            .as_deref()
-            .and_then(|file| crate::config::read(file).ok());
-        let begun = begun.unwrap_or_default();
-        Self {
-            gateway,
-            watch: Watch::new(watched(file.as_ref(), &begun), every),
-            begun,
-            file,
-        }
-    }
-
-    /// Returns when the process is to stop.
-    pub async fn until_stopped(mut self, signals: &mut Signals) {
-        loop {
-            tokio::select! {
-                order = signals.next() => match order {
-                    Order::Reload => self.reload().await,
-                    Order::Stop => return,
-                },
-                () = self.watch.changed() => self.reload().await,
-            }
-        }
-    }
-
-    /// Whatever is wrong with the file changes nothing.
-    async fn reload(&mut self) {
-        let Some(file) = &self.file else {
-            warn!("nothing to reload: there is no config file");
-            return;
-        };
-        let reloaded = match crate::config::read(file) {
-            Ok(config) => self.gateway.reload(&config).await.map(|()| config),
-            Err(error) => Err(error.into()),
-        };
-        let error = match reloaded {
-            Ok(config) => {
-                info!(file = %file.display(), "config reloaded");
-                let waiting = config.differences_that_wait(&self.begun);
-                if !waiting.is_empty() {
-                    warn!(
-                        keys = waiting.join(", "),
-                        "these keys take effect at the next start"
-                    );
-                }
-                self.watch.look_at(watched(Some(file), &config));
-                return;
-            }
-            Err(StartError::Config(error)) => StartError::Config(error.located(Some(file))),
-            Err(error) => error,
-        };
-        warn!(error = %Causes(&error), "reload refused; nothing has changed");
-    }
-}
-
-/// The config file, and the files that it names.
-fn watched(file: Option<&PathBuf>, config: &Config) -> Vec<PathBuf> {
-    file.cloned().into_iter().chain(config.files()).collect()
 }

@@ -4,9 +4,10 @@
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN, WWW_AUTHENTICATE};
+use http::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST, ORIGIN, WWW_AUTHENTICATE};
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body_util::combinators::BoxBody;
@@ -18,6 +19,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use protocol::{ErrorCode, Problem, headers, problem};
 use subtle::ConstantTimeEq;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
@@ -47,7 +49,7 @@ pub trait Admin: Send + Sync + 'static {
     fn ready(&self) -> Result<(), String>;
 
     /// Any other page; `None` is a 404.
-    fn page(&self, _method: &Method, _path: &str) -> Option<Page> {
+    fn page(&self, _method: &Method, _path: &str, _query: Option<&str>) -> Option<Page> {
         None
     }
 
@@ -77,39 +79,81 @@ pub async fn bind(address: &str) -> Result<TcpListener, BindError> {
 /// Serves until the task is aborted. With a `token`, every page but the two health checks needs
 /// `Authorization: Bearer` with it; the comparison takes the same time whatever differs.
 pub async fn serve(listener: TcpListener, token: Option<Arc<str>>, admin: Arc<dyn Admin>) {
+    serve_until(listener, token, admin, std::future::pending()).await;
+}
+
+/// Serves until told to stop. What was asked by then is answered, within some time; and what is asked for so
+/// long on connections that are open, as the last thing there.
+pub async fn serve_until(
+    listener: TcpListener,
+    token: Option<Arc<str>>,
+    admin: Arc<dyn Admin>,
+    stop: impl Future<Output = Duration> + Send,
+) {
     let mut connections = JoinSet::new();
-    loop {
+    let (leave, told) = watch::channel(None::<Duration>);
+    let mut stop = std::pin::pin!(stop);
+    let patience = loop {
         let (stream, peer): (_, SocketAddr) = tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     warn!(error = %Causes(&error), "admin accept failed");
                     // Most likely out of descriptors; without a pause this would spin.
-                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
             },
             Some(_) = connections.join_next() => continue,
+            patience = &mut stop => break patience,
         };
         let (admin, token) = (Arc::clone(&admin), token.clone());
+        let mut told = told.clone();
+        let stopping = told.clone();
         let service = service_fn(move |request: Request<Incoming>| {
             let (admin, token) = (Arc::clone(&admin), token.clone());
+            let is_last = stopping.borrow().is_some();
             async move {
-                let page = answer(request, token.as_deref(), admin.as_ref()).await;
+                let mut page = answer(request, token.as_deref(), admin.as_ref()).await;
+                if is_last {
+                    let close = HeaderValue::from_static("close");
+                    page.headers_mut().insert(CONNECTION, close);
+                }
                 Ok::<_, Infallible>(page)
             }
         });
         connections.spawn(async move {
-            let served = http1::Builder::new()
+            let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
+                .serve_connection(TokioIo::new(stream), service);
+            let mut connection = std::pin::pin!(connection);
+            // The sender lives as long as this task.
+            let leave = async {
+                let told = told.wait_for(Option::is_some).await;
+                let patience = told.ok().and_then(|told| *told);
+                tokio::time::sleep(patience.unwrap_or_default()).await;
+            };
+            let served = tokio::select! {
+                served = connection.as_mut() => served,
+                () = leave => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
             if let Err(error) = served {
                 debug!(%peer, error = %Causes(&error), "admin connection ended");
             }
         });
-    }
+    };
+    drop(listener);
+    leave.send_replace(Some(patience));
+    let ended = async { while connections.join_next().await.is_some() {} };
+    // Who takes longer is cut off.
+    drop(tokio::time::timeout(patience + LEAVE_MAX, ended).await);
 }
+
+/// How long a stopping listener waits for what was asked.
+const LEAVE_MAX: Duration = Duration::from_secs(5);
 
 async fn answer(request: Request<Incoming>, token: Option<&str>, admin: &dyn Admin) -> Page {
     let path = request.uri().path();
@@ -148,7 +192,7 @@ async fn answer(request: Request<Incoming>, token: Option<&str>, admin: &dyn Adm
         );
         return page;
     }
-    if let Some(page) = admin.page(request.method(), path) {
+    if let Some(page) = admin.page(request.method(), path, request.uri().query()) {
         return page;
     }
     match admin.front().filter(|_| Front::answers(path)) {

@@ -280,7 +280,7 @@ impl Admin for NodeAdmin {
         self.node.health()
     }
 
-    fn page(&self, _method: &http::Method, path: &str) -> Option<Page> {
+    fn page(&self, _method: &http::Method, path: &str, _query: Option<&str>) -> Option<Page> {
         (path == "/ring").then(|| admin::json(self.node.ring.document()))
     }
 

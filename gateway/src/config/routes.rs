@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::access::AccessConfig;
+use crate::cache::config::RouteCacheConfig;
 use crate::cors::CorsConfig;
 use crate::validate::ValidateConfig;
 
@@ -72,6 +73,9 @@ pub struct RouteConfig {
     /// Which pages of other origins may use it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cors: Option<CorsConfig>,
+    /// Its answers are kept, and given again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<RouteCacheConfig>,
 }
 
 /// `object`: the `fetch` of an object.

@@ -7,6 +7,7 @@ use ops::config::ConfigError;
 
 use crate::access_log::AccessLog;
 use crate::asked::Asked;
+use crate::cache::plan::Plans;
 use crate::client::ClientRules;
 use crate::config::Config;
 use crate::cors;
@@ -26,6 +27,7 @@ pub struct Dynamic {
     /// The upstream of each route that has one, by the route's index.
     pub(super) of_route: Vec<Option<Arc<Upstream>>>,
     pub rules: RuleSet,
+    pub plans: Plans,
 }
 
 impl Dynamic {
@@ -51,6 +53,7 @@ impl Dynamic {
         let rules = RuleSet::new(config, &routes, known, metrics, link);
         Ok(Self {
             rules: rules.map_err(ConfigError::from)?,
+            plans: Plans::new(config, &routes).map_err(ConfigError::from)?,
             of_route: routes.iter().map(upstream).collect(),
             access_log: AccessLog::open(&config.access_log, metrics.access_log_dropped.clone())?,
             routes,

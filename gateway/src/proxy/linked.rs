@@ -7,8 +7,7 @@ use pingora_core::{Error, ErrorType, OrErr, Result};
 use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
 
-use super::{Aim, Proxy, Request, refuse, tell_browser};
-use crate::cors::Grant;
+use super::{Aim, Proxy, Request, Shared, refuse, tell_browser};
 use crate::link::forward::{Errand, Forwarded, body_bytes, forward};
 use crate::link::{Exchange, Head};
 use crate::route::Ask;
@@ -24,8 +23,8 @@ impl Proxy {
         let Some(Aim::Object { target, .. }) = &request.aim else {
             return Ok(false);
         };
-        if !matches!(request.creation, Creation::Free) {
-            // Links have no words for that.
+        if !matches!(request.creation, Creation::Free) || request.cached.is_keyed() {
+            // Links have no words for that; what may be kept goes where pingora keeps it.
             return Ok(false);
         }
         let empty = session.downstream_session.is_body_empty();
@@ -91,7 +90,7 @@ impl Proxy {
                 refused,
             } => {
                 request.refused = refused;
-                pass_answer(session, &head, exchange, &request.grant).await?;
+                pass_answer(&self.0, session, &head, exchange, request).await?;
                 Ok(true)
             }
         }
@@ -100,10 +99,11 @@ impl Proxy {
 
 /// Passes the answer of an object to the client.
 async fn pass_answer(
+    shared: &Shared,
     session: &mut Session,
     head: &Head,
     mut exchange: Exchange,
-    grant: &Grant,
+    request: &mut Request,
 ) -> Result<()> {
     let senseless = |_| Error::explain(ErrorType::InvalidHTTPHeader, "a response of a worker");
     let response = head.read().map_err(senseless)?;
@@ -122,7 +122,8 @@ async fn pass_answer(
     } else if !bodiless && !made.headers.contains_key(CONTENT_LENGTH) {
         made.insert_header(TRANSFER_ENCODING, "chunked")?;
     }
-    tell_browser(&mut made, grant)?;
+    request.cached.learn(shared.cache, &mut made);
+    tell_browser(&mut made, &request.grant)?;
     session.write_response_header(Box::new(made), empty).await?;
     if empty {
         return Ok(());

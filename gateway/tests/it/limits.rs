@@ -300,7 +300,7 @@ fn operators_see_who_comes_and_who_is_refused_most() {
         gateway: std::sync::Arc::clone(&front.gateway),
         metrics: handle,
     };
-    let page = ops::admin::Admin::page(&admin, &http::Method::GET, "/hot").unwrap();
+    let page = ops::admin::Admin::page(&admin, &http::Method::GET, "/hot", None).unwrap();
     let body = front
         .runtime
         .block_on(http_body_util::BodyExt::collect(page.into_body()))

@@ -4,6 +4,7 @@
 
 mod answers;
 mod apps;
+mod cache;
 mod downstream;
 mod examples;
 mod guards;
@@ -16,5 +17,6 @@ mod routes;
 mod scripted_link;
 mod support;
 mod unmodified;
+mod upgrade;
 mod upstream_tls;
 mod upstreams;

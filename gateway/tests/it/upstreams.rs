@@ -132,7 +132,7 @@ fn a_server_that_says_it_is_ill_gets_nothing_until_it_is_well() {
             .gateway
             .health()
             .unwrap_err()
-            .contains("no server of any upstream")
+            .contains("no server of any upstream is well (app)")
     );
     assert_eq!(front.get("/x").status, 200);
     let well = || {
