@@ -7,7 +7,11 @@
 //! | `POST /objects/{id}/fork` with `{"to", "name", "replace", "bookmark" or "time_ms"}` | the owner of `{id}` for a copy, and the owner of `to` to take it |
 //! | `GET /backup` | nobody: says how many workers there are, each of which has a part of a backup |
 //! | `GET /backup/{n}` | the worker of that number: all its objects, one after the other |
+//! | `GET /advisor` | every worker; what they have seen is added up and judged |
+//! | `GET /hot`, of a gateway `GET /hot/nodes` | every worker; the hottest objects of all |
 //! | anything else below `/objects/{id}` and `/alarms/{id}` | the owner |
+
+mod gather;
 
 use std::cmp::Ordering;
 use std::sync::Arc;
@@ -113,7 +117,10 @@ impl Front {
     /// Whether a page is one of these.
     pub fn answers(path: &str) -> bool {
         let first = path.split('/').nth(1);
-        matches!(first, Some("objects" | "alarms" | "backup"))
+        matches!(
+            first,
+            Some("objects" | "alarms" | "backup" | "advisor" | "hot")
+        )
     }
 
     pub async fn answer(&self, request: Request<Incoming>) -> Page {
@@ -132,6 +139,9 @@ impl Front {
         let mut parts = path.split('/').skip(2);
         if path.split('/').nth(1) == Some("backup") {
             return self.backup(ring, parts.next(), &request).await;
+        }
+        if matches!(path.split('/').nth(1), Some("advisor" | "hot")) {
+            return self.gathered(ring, &request).await;
         }
         let Some(id) = parts.next() else {
             if request.method() != Method::GET {
