@@ -7,6 +7,8 @@
 //! came from, and recovery notes it again. So the catalog never knows of an object that is not durable,
 //! and after recovery it knows of every one that is.
 
+pub(crate) mod stock;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 
@@ -18,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::alarm::AlarmState;
 use crate::commit_log::record::{FileId, Named};
 use crate::storage::{Opened, alarm_of, successor};
+pub(crate) use stock::ClassStock;
 
 /// `used` is kept to within this time (as file systems do with `relatime`): an object that only reads
 /// costs no write.
@@ -67,6 +70,8 @@ pub(crate) struct Note {
     pub(crate) alarm: Option<AlarmState>,
     /// One of them deleted the object; it exists again if it has bytes.
     pub(crate) deleted: bool,
+    /// Keys and rows, if they were counted.
+    pub(crate) keys: Option<u32>,
 }
 
 impl Note {
@@ -81,6 +86,7 @@ impl Note {
             self.alarm = self.alarm.take().or(older.alarm);
         }
         self.deleted |= older.deleted;
+        self.keys = self.keys.or(older.keys);
     }
 }
 
@@ -224,6 +230,8 @@ impl Query {
 #[derive(Default)]
 pub(crate) struct Catalogs {
     open: RefCell<HashMap<FileId, Opened>>,
+    /// How often each was written.
+    written: RefCell<HashMap<FileId, u64>>,
 }
 
 /// How a catalog's database is opened.
@@ -237,6 +245,7 @@ impl Catalogs {
         notes: &[(FileId, Note)],
         connect: Connect<'_>,
     ) -> rusqlite::Result<LogPosition> {
+        *self.written.borrow_mut().entry(catalog).or_default() += 1;
         self.with(catalog, connect, |opened| {
             let connection = &opened.connection;
             let run = |sql| connection.prepare_cached(sql)?.raw_execute().map(drop);
@@ -500,6 +509,7 @@ fn write(connection: &Connection, file: FileId, note: &Note) -> rusqlite::Result
         connection
             .prepare_cached("DELETE FROM objects WHERE id = ?1")?
             .execute([file.as_bytes()])?;
+        stock::write_keys(connection, file, 0)?;
         if note.bytes == 0 {
             return Ok(());
         }
@@ -533,7 +543,10 @@ fn write(connection: &Connection, file: FileId, note: &Note) -> rusqlite::Result
     if let Some(alarm) = &note.alarm {
         write_alarm(connection, file, alarm)?;
     }
-    Ok(())
+    match note.keys {
+        Some(keys) => stock::write_keys(connection, file, keys),
+        None => Ok(()),
+    }
 }
 
 fn write_alarm(connection: &Connection, file: FileId, alarm: &AlarmState) -> rusqlite::Result<()> {

@@ -314,6 +314,12 @@ impl Context {
         &self.0.storage
     }
 
+    /// Counts a call of this object to another one, for metrics and the advisor. For classes that reach others in
+    /// ways of their own.
+    pub fn count_object_call(&self, other: ObjectId) {
+        self.0.storage.meter().object_called(other);
+    }
+
     /// Milliseconds since 1970.
     pub fn unix_millis(&self) -> u64 {
         self.0.clock.unix_millis()

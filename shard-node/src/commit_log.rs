@@ -58,6 +58,8 @@ struct Shared {
 pub struct Stats {
     pub groups: AtomicU64,
     pub bytes: AtomicU64,
+    /// Writes and syncs that failed.
+    pub failures: AtomicU64,
 }
 
 struct Inner {
@@ -422,6 +424,8 @@ impl Writer {
             Work::End => Ok(()),
         };
         if let Err(error) = &done {
+            let failures = &self.log.stats().failures;
+            failures.fetch_add(1, Ordering::Relaxed);
             self.segment = None;
             self.marked = true;
             let mut inner = self.log.lock();

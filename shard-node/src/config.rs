@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Parser;
+use ops::advisor::Thresholds;
 use ops::args::{ProcessArgs, overrule};
 use ops::config::{ConfigError, non_empty};
 use protocol::ring::{RingDocument, RingNode};
@@ -46,6 +47,7 @@ pub struct Config {
     pub alarms: AlarmsConfig,
     pub archive: ArchiveConfig,
     pub expiry: ExpiryConfig,
+    pub advisor: Thresholds,
 }
 
 impl Default for Config {
@@ -68,6 +70,7 @@ impl Default for Config {
             alarms: AlarmsConfig::default(),
             archive: ArchiveConfig::default(),
             expiry: ExpiryConfig::default(),
+            advisor: Thresholds::default(),
         }
     }
 }
@@ -172,6 +175,7 @@ impl Config {
             .and_then(|()| self.alarms.validate())
             .and_then(|()| self.archive.validate())
             .and_then(|()| self.expiry.validate())
+            .and_then(|()| self.advisor.validate())
         {
             return rule(reason);
         }

@@ -9,6 +9,7 @@
 //! empty and it may start a turn; it leaves the table only when idle, or broken.
 
 mod turn;
+mod watch;
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -31,6 +32,7 @@ use crate::class::{Class, ClassError, Context, Turn};
 use crate::clock::Clock;
 use crate::config::{MailboxConfig, ObjectsConfig};
 use crate::expiry::ExpiryConfig;
+use crate::hot::Hot;
 use crate::metrics::Metrics;
 use crate::object::mailbox::{Answer, Event, Letter, Mailbox, Reply};
 use crate::object::{Failure, Object, drop_class_code};
@@ -89,6 +91,9 @@ pub struct Host {
     gated: RefCell<VecDeque<Gated>>,
     /// The log has room again.
     room: Notify,
+    /// The objects that do most.
+    hot: Rc<Hot>,
+    ticks: Cell<u32>,
     /// Turns of one batch; kept for its memory.
     batch: RefCell<Vec<Finished>>,
     me: Weak<Self>,
@@ -140,6 +145,8 @@ impl Host {
             memory: Cell::new(0),
             gated: RefCell::default(),
             room: Notify::new(),
+            hot: Rc::default(),
+            ticks: Cell::new(0),
             batch: RefCell::default(),
         })
     }
@@ -163,6 +170,7 @@ impl Host {
             return Err(problem);
         }
         self.waiting.set(self.waiting.get() + 1);
+        object.usage.wait(1);
         self.make_ready(&object);
         drop(object);
         answer.await.unwrap_or_else(|_| {
@@ -275,6 +283,7 @@ impl Host {
         self.advance();
         self.metrics.mailbox_depth.set(self.waiting.get() as f64);
         let now = Instant::now();
+        self.watch(now);
         if self.waiting.get() > 0 {
             let objects: Vec<Rc<Object>> = self.objects.borrow().values().cloned().collect();
             for object in objects {
@@ -369,7 +378,7 @@ impl Host {
         for (_, object) in self.objects.borrow_mut().drain() {
             self.forget_memory(&object);
             object.break_up();
-            self.metrics.awake(object.class.name()).decrement(1);
+            object.usage.slept();
         }
         self.by_use.borrow_mut().clear();
         self.ready.borrow_mut().clear();
@@ -403,6 +412,7 @@ impl Host {
         .with_timers(Rc::clone(&self.timers));
         let clock = Arc::clone(&self.clock);
         let handles_alarms = address.class.handles_alarms();
+        let usage = self.metrics.class(&class);
         let switchboard = self.switchboard.get().cloned();
         let context = Context::new(
             address.id,
@@ -412,12 +422,12 @@ impl Host {
             handles_alarms,
             switchboard,
         );
-        Rc::new(Object::new(Arc::clone(&address.class), context, mailbox))
+        let class = Arc::clone(&address.class);
+        Rc::new(Object::new(class, context, mailbox, usage))
     }
 
     fn insert(&self, object: &Rc<Object>) {
-        self.metrics.activations.increment(1);
-        self.metrics.awake(object.class.name()).increment(1);
+        object.usage.woke();
         self.objects
             .borrow_mut()
             .insert(object.id(), Rc::clone(object));
@@ -474,7 +484,9 @@ impl Host {
         self.forget_memory(object);
         self.objects.borrow_mut().remove(&object.id());
         self.metrics.evictions.increment(1);
-        self.metrics.awake(object.class.name()).decrement(1);
+        object.usage.slept();
+        self.tell(object, Instant::now());
+        self.note_keys(object, None);
         if object.use_told.get().is_some() {
             // Its last use may have begun long ago.
             self.note_use(object, Instant::now());
@@ -558,6 +570,7 @@ impl Host {
                 break;
             };
             self.waiting.set(self.waiting.get() - 1);
+            object.usage.wait(-1);
             if letter.reply.is_closed() {
                 // The caller hung up before anything ran.
                 continue;
@@ -579,6 +592,8 @@ impl Host {
         }
         self.commit(object, &mut batch);
         self.batch.replace(batch);
+        now = Instant::now();
+        self.settle(object, begun, now);
         if is_use && !self.config.expiry.classes.is_empty() {
             self.note_use(object, now);
         }
@@ -659,6 +674,7 @@ impl Host {
             let problem = mailbox.overdue_problem();
             drop(mailbox);
             self.waiting.set(self.waiting.get() - 1);
+            object.usage.wait(-1);
             self.metrics.mailbox_refusals.increment(1);
             // A closed channel is a caller that hung up.
             drop(letter.reply.send(Err(problem)));
@@ -720,7 +736,8 @@ impl Host {
             self.restore(address_of(object, name.clone()), at);
         }
         self.objects.borrow_mut().remove(&object.id());
-        self.metrics.awake(object.class.name()).decrement(1);
+        object.usage.slept();
+        self.tell(object, Instant::now());
         let mailbox = object.mailbox.replace(Mailbox::new(&self.config.mailbox));
         if mailbox.is_empty() {
             return;
@@ -768,6 +785,7 @@ impl Future for Flight {
         let Self {
             object, host, turn, ..
         } = &mut *self;
+        let begun = Instant::now();
         let outcome = object.segment(&host.metrics, || turn.as_mut().poll(cx));
         let mut finished = Vec::new();
         let pending = outcome.is_pending();
@@ -777,6 +795,7 @@ impl Future for Flight {
             finished.push(Finished { result, reply });
         }
         self.host.commit(&self.object, &mut finished);
+        self.host.settle(&self.object, begun, Instant::now());
         self.host.engine.release();
         if pending {
             Poll::Pending

@@ -3,6 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,9 +14,11 @@ use metrics::{
 };
 use ops::metrics::Registry;
 use protocol::{ClassName, ErrorCode};
+use tokio::time::Instant;
 
 use crate::alarms::Standing;
 use crate::storage::Logged;
+use crate::usage::{COUNTERS, ClassMetrics, ClassUsage};
 
 /// How a request ended: with an answer of the object, or refused by the system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,7 +44,7 @@ pub struct Metrics {
     registry: Arc<Registry>,
     /// Per class, of which there are a handful: found by comparing, without an allocation per request.
     requests: RefCell<Vec<(Option<ClassName>, ByCode)>>,
-    awake: RefCell<HashMap<ClassName, Gauge>>,
+    classes: RefCell<Vec<Rc<ClassUsage>>>,
     pub mailbox_wait: Histogram,
     pub mailbox_depth: Gauge,
     pub mailbox_refusals: Counter,
@@ -56,9 +59,9 @@ pub struct Metrics {
     pub memory: Gauge,
     log_syncs: Counter,
     log_bytes: Counter,
+    log_failures: Counter,
     pub log_sync_time: Histogram,
     log_live: Gauge,
-    pub activations: Counter,
     pub evictions: Counter,
     pub resets: Counter,
     alarms: RefCell<HashMap<(ClassName, &'static str), Counter>>,
@@ -82,12 +85,12 @@ struct Requests {
 
 impl Metrics {
     pub fn new(registry: Arc<Registry>, worker: u16) -> Self {
-        describe();
         let worker = worker.to_string();
+        registry.register(describe);
         registry.clone().register(|| Self {
             registry,
             requests: RefCell::default(),
-            awake: RefCell::default(),
+            classes: RefCell::default(),
             mailbox_wait: histogram!("shard_mailbox_wait_seconds"),
             mailbox_depth: gauge!("shard_mailbox_depth", "worker" => worker.clone()),
             mailbox_refusals: counter!("shard_mailbox_refusals_total"),
@@ -99,6 +102,7 @@ impl Metrics {
             memory: gauge!("shard_storage_memory_bytes", "worker" => worker.clone()),
             log_syncs: counter!("shard_log_syncs_total", "worker" => worker.clone()),
             log_bytes: counter!("shard_log_bytes_total", "worker" => worker.clone()),
+            log_failures: counter!("shard_log_failures_total", "worker" => worker.clone()),
             log_sync_time: histogram!("shard_log_sync_seconds"),
             log_live: gauge!("shard_log_live_bytes", "worker" => worker.clone()),
             alarms: RefCell::default(),
@@ -109,7 +113,6 @@ impl Metrics {
             alarms_pending: gauge!("shard_alarms_pending", "worker" => worker.clone()),
             alarms_running: gauge!("shard_alarms_running", "worker" => worker.clone()),
             alarms_overdue: gauge!("shard_alarms_overdue", "worker" => worker),
-            activations: counter!("shard_activations_total"),
             evictions: counter!("shard_evictions_total"),
             resets: counter!("shard_object_resets_total"),
         })
@@ -141,6 +144,8 @@ impl Metrics {
         self.log_syncs
             .absolute(stats.groups.load(Ordering::Relaxed));
         self.log_bytes.absolute(stats.bytes.load(Ordering::Relaxed));
+        let failed = stats.failures.load(Ordering::Relaxed);
+        self.log_failures.absolute(failed);
         self.log_live.set(engine.live_bytes() as f64);
         let failures = engine.archive_failures();
         let known = self.segments_not_archived.replace(failures);
@@ -187,18 +192,52 @@ impl Metrics {
         known[class].record(ahead.as_secs_f64());
     }
 
-    /// Objects of `class` in memory.
-    pub fn awake(&self, class: &ClassName) -> Gauge {
-        let mut known = self.awake.borrow_mut();
-        if let Some(gauge) = known.get(class) {
-            return gauge.clone();
+    /// What is counted of a class. Looked up when an object wakes.
+    pub(crate) fn class(&self, class: &ClassName) -> Rc<ClassUsage> {
+        let known = self
+            .classes
+            .borrow()
+            .iter()
+            .find(|known| known.class == *class)
+            .cloned();
+        known.unwrap_or_else(|| {
+            let usage = ClassUsage::new(class.clone(), self.class_metrics(class));
+            self.classes.borrow_mut().push(Rc::clone(&usage));
+            usage
+        })
+    }
+
+    pub(crate) fn each_class(&self, f: impl FnMut(&Rc<ClassUsage>)) {
+        let classes = self.classes.borrow().clone();
+        classes.iter().for_each(f);
+    }
+
+    /// Adds what classes counted by themselves to their metrics.
+    pub(crate) fn publish(&self, now: Instant) {
+        for usage in self.classes.borrow().iter() {
+            usage.publish(now);
         }
-        let label = class.as_str().to_owned();
-        let gauge = self
-            .registry
-            .register(|| gauge!("shard_objects_awake", "class" => label));
-        known.insert(class.clone(), gauge.clone());
-        gauge
+    }
+
+    fn class_metrics(&self, class: &ClassName) -> ClassMetrics {
+        let class = class.as_str().to_owned();
+        let gauge = |name: &'static str| gauge!(name, "class" => class.clone());
+        let by_bytes = |size: &'static str| gauge!("shard_stored_objects", "class" => class.clone(), "size" => size);
+        self.registry.register(|| ClassMetrics {
+            counters: COUNTERS
+                .iter()
+                .map(|(name, of, unit)| (*of, *unit, counter!(*name, "class" => class.clone())))
+                .collect(),
+            awake: gauge("shard_objects_awake"),
+            long_awake: gauge("shard_objects_long_awake"),
+            waiting: gauge("shard_mailbox_waiting"),
+            constructor: histogram!("shard_constructor_seconds", "class" => class.clone()),
+            stored_bytes: gauge("shard_stored_bytes"),
+            stored: ["under_10mb", "10mb_to_100mb", "100mb_to_1gb", "1gb_and_more"].map(by_bytes),
+            many_keys: ["100", "1001"].map(|keys| {
+                gauge!("shard_stored_objects_with_keys", "class" => class.clone(), "at_least" => keys)
+            }),
+        })
     }
 }
 
@@ -230,6 +269,10 @@ fn describe() {
         "Syncs of the commit log; each makes a group of commits durable"
     );
     describe_counter!("shard_log_bytes_total", "Bytes written to the commit log");
+    describe_counter!(
+        "shard_log_failures_total",
+        "Writes and syncs of the commit log that failed; what was not durable was taken back"
+    );
     describe_histogram!(
         "shard_log_sync_seconds",
         "Time to write and sync one group of commits"
@@ -258,7 +301,7 @@ fn describe() {
         "shard_objects_expired_total",
         "Objects deleted because nobody had used them for as long as expiry.classes says"
     );
-    describe_counter!("shard_activations_total", "Objects loaded into memory");
+    describe_usage();
     describe_counter!("shard_evictions_total", "Objects that left memory");
     describe_counter!(
         "shard_alarms_total",
@@ -289,5 +332,82 @@ fn describe() {
     describe_counter!(
         "shard_object_resets_total",
         "Objects reset after a panic, a limit or a storage failure"
+    );
+}
+
+fn describe_usage() {
+    let counters = [
+        (
+            "shard_usage_requests_total",
+            "Fetches, calls and alarms of objects, as they are billed: one each",
+        ),
+        ("shard_usage_fetches_total", "HTTP requests to objects"),
+        ("shard_usage_calls_total", "Calls of objects' methods"),
+        (
+            "shard_usage_turn_seconds_total",
+            "Time that turns of objects took, in whole seconds",
+        ),
+        (
+            "shard_usage_awake_seconds_total",
+            "Seconds that objects were in memory, all together; with 128 MB each, 8 of them are a GB-second",
+        ),
+        (
+            "shard_usage_rows_read_total",
+            "Rows and pairs that objects read: a lower bound where an index is used",
+        ),
+        (
+            "shard_usage_rows_returned_total",
+            "Rows and pairs that queries gave; far fewer than were read are a sign of scans",
+        ),
+        (
+            "shard_usage_rows_written_total",
+            "Rows and pairs that objects wrote or deleted, also in turns that were undone",
+        ),
+        (
+            "shard_usage_kv_read_units_total",
+            "Pairs read, in units of 4 KiB; the same reads are in rows",
+        ),
+        (
+            "shard_usage_kv_write_units_total",
+            "Pairs written, in units of 4 KiB, and alarms set; the same writes are in rows",
+        ),
+        (
+            "shard_usage_kv_deletes_total",
+            "Pairs deleted, whether or not they existed",
+        ),
+        (
+            "shard_object_calls_total",
+            "Calls of objects to other objects",
+        ),
+        ("shard_activations_total", "Objects loaded into memory"),
+    ];
+    for (name, help) in counters {
+        describe_counter!(name, help);
+    }
+    let gauges = [
+        (
+            "shard_objects_long_awake",
+            "Objects that have not slept for an hour",
+        ),
+        (
+            "shard_mailbox_waiting",
+            "Requests waiting in the mailboxes of a class",
+        ),
+        ("shard_stored_bytes", "Bytes of the databases of objects"),
+        (
+            "shard_stored_objects",
+            "Objects that exist, by the size of their database (1 MB is a million bytes)",
+        ),
+        (
+            "shard_stored_objects_with_keys",
+            "Objects with at least so many keys and rows, as of their last sleep",
+        ),
+    ];
+    for (name, help) in gauges {
+        describe_gauge!(name, help);
+    }
+    describe_histogram!(
+        "shard_constructor_seconds",
+        "Time that constructors took, which run at every wake"
     );
 }

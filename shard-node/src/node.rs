@@ -146,6 +146,7 @@ impl Node {
                 expired_to: expired_to.clone(),
                 expires_since: Arc::clone(&expires_since),
                 log: config.log.clone(),
+                advisor: Arc::new(config.advisor.clone()),
                 orphans: std::mem::take(&mut orphans),
                 recovered,
                 order: orders.clone(),

@@ -19,6 +19,7 @@ use self::mailbox::Mailbox;
 use crate::class::{Class, ClassError, Context, Instance};
 use crate::metrics::Metrics;
 use crate::storage::StorageError;
+use crate::usage::{ClassUsage, Counts};
 
 /// An object in memory. Lives on its worker's thread; the host owns it.
 pub(crate) struct Object {
@@ -38,6 +39,13 @@ pub(crate) struct Object {
     pub(crate) use_told: Cell<Option<Instant>>,
     /// Bytes of memory of its database when that was last looked at, and when.
     pub(crate) memory: Cell<(usize, Option<Instant>)>,
+    /// What its class did, all objects together.
+    pub(crate) usage: Rc<ClassUsage>,
+    pub(crate) woke: Instant,
+    /// What it did since the hottest objects were told, and when that was.
+    pub(crate) untold: RefCell<(Counts, Instant)>,
+    /// Whether it wrote since its keys were counted, and when that was.
+    pub(crate) keys_counted: Cell<(bool, Instant)>,
     /// Reset: nothing runs in this copy any more.
     pub(crate) broken: Cell<bool>,
 }
@@ -51,7 +59,13 @@ pub(crate) enum Failure {
 }
 
 impl Object {
-    pub(crate) fn new(class: Arc<dyn Class>, context: Context, mailbox: Mailbox) -> Self {
+    pub(crate) fn new(
+        class: Arc<dyn Class>,
+        context: Context,
+        mailbox: Mailbox,
+        usage: Rc<ClassUsage>,
+    ) -> Self {
+        let now = Instant::now();
         Self {
             class,
             context,
@@ -60,9 +74,13 @@ impl Object {
             constructed: Cell::new(false),
             queued: Cell::new(false),
             flights: RefCell::default(),
-            last_used: Cell::new(Instant::now()),
+            last_used: Cell::new(now),
             use_told: Cell::new(None),
             memory: Cell::new((0, None)),
+            usage,
+            woke: now,
+            untold: RefCell::new((Counts::ZERO, now)),
+            keys_counted: Cell::new((false, now)),
             broken: Cell::new(false),
         }
     }
@@ -83,7 +101,10 @@ impl Object {
         if let Some(instance) = self.instance.borrow().as_ref() {
             return Ok(Rc::clone(instance));
         }
-        let instance = self.class.construct(self.context.clone())?;
+        let begun = Instant::now();
+        let instance = self.class.construct(self.context.clone());
+        self.usage.constructed(begun.elapsed());
+        let instance = instance?;
         *self.instance.borrow_mut() = Some(Rc::clone(&instance));
         self.constructed.set(true);
         Ok(instance)

@@ -15,6 +15,7 @@
 //! | `POST /objects/{id}/restore` | `{"bookmark" or "time_ms", "who", "why"}`: it becomes as it was; also after it was deleted |
 //! | `PUT /objects/{id}/import?name&replace&alarm` | the body becomes its database |
 //! | `POST /objects/{id}/sql` | `{"sql", "params", "write", "who", "why"}`: runs SQL, which only reads unless `write` |
+//! | `GET /hot`, `GET /advisor` | the objects that do most; what this worker has seen of its classes and objects |
 //! | `GET /alarms?state&class&from&below&after&limit` | a page of the objects with alarms |
 //! | `GET /backup?since_ms&after` | all objects with their databases, one after the other, see [`backup`] |
 //! | `POST /alarms/{id}/fire`, `DELETE /alarms/{id}` | runs the alarm now; cancels it |
@@ -23,6 +24,7 @@
 mod audit;
 mod backup;
 mod copies;
+mod overview;
 mod past;
 
 use std::rc::Rc;
@@ -31,6 +33,7 @@ use std::sync::Arc;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::{Method, Request, Response, StatusCode};
+use ops::advisor::Thresholds;
 use protocol::{Home, ObjectId, ObjectName, Problem, Ring, ShardId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -68,6 +71,7 @@ pub(crate) struct Operator {
     pub(crate) catalogs: Rc<[(Home, ShardId)]>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) sql: Arc<SqlConfig>,
+    pub(crate) advisor: Arc<Thresholds>,
     /// One import at a time: each holds its database in memory several times over.
     pub(crate) importing: tokio::sync::Semaphore,
     /// Two restores at a time look into the archive.
@@ -130,6 +134,8 @@ impl Operator {
         let method = request.method().clone();
         match (&method, parts.as_slice()) {
             (&Method::GET, ["objects"]) => self.list(parameters(&request)?, Order::Name).await,
+            (&Method::GET, ["hot"]) => self.hot().await,
+            (&Method::GET, ["advisor"]) => self.advisor().await,
             (&Method::GET, ["backup"]) => self.backup(&request).await,
             (&Method::GET, ["alarms"]) => self.list(parameters(&request)?, Order::Alarm).await,
             (_, [kind @ ("objects" | "alarms"), id, action @ ..]) => {

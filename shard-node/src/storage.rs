@@ -16,6 +16,7 @@ mod functions;
 pub(crate) mod heap;
 mod identity;
 pub mod image;
+mod keys;
 mod kv;
 pub mod logged;
 pub(crate) mod overlay;
@@ -39,6 +40,7 @@ use tracing::debug;
 pub use config::{LogConfig, SqlConfig};
 pub use engine::{Engine, Handle, Opened, commit_statement};
 pub use identity::Identity;
+pub use keys::KEYS_COUNTED;
 pub use kv::{BATCH_KEYS_MAX, Entry, KEY_BYTES_MAX, KvError, ListOptions};
 pub use logged::Logged;
 pub use plain_files::PlainFiles;
@@ -52,6 +54,7 @@ pub(crate) use kv::successor;
 use crate::alarms::Timers;
 use crate::commit_log::LogFailure;
 use crate::commit_log::record::Named;
+use crate::usage::Meter;
 use authorizer::Guard;
 use engine::prepare_ours;
 use identity::put_identity;
@@ -157,6 +160,7 @@ pub struct Storage {
     emptied: Cell<bool>,
     /// Told of every commit that changed the alarm.
     timers: Option<Rc<Timers>>,
+    meter: Meter,
 }
 
 /// An open connection.
@@ -205,7 +209,13 @@ impl Storage {
             armed: Cell::new(Armed::No),
             emptied: Cell::new(false),
             timers: None,
+            meter: Meter::default(),
         }
+    }
+
+    /// Where everything that the object does is counted.
+    pub(crate) fn meter(&self) -> &Meter {
+        &self.meter
     }
 
     /// Keeps so many prepared statements instead of [`STATEMENTS_CACHED`].

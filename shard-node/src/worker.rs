@@ -16,6 +16,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use ops::Causes;
+use ops::advisor::Thresholds;
 use ops::metrics::Registry;
 use protocol::{Home, Ring, ShardId, link};
 use tokio::net::TcpStream;
@@ -35,6 +36,7 @@ use crate::metrics::Metrics;
 use crate::operator::Operator;
 use crate::server::Server;
 use crate::snapshots::Keeper;
+use crate::stock::StockTaker;
 use crate::storage::logged::{OpenError, PAGE_BYTES, Setup};
 use crate::storage::{LogConfig, Logged};
 use crate::stub::Switchboard;
@@ -64,6 +66,7 @@ pub(crate) struct Worker {
     /// Since when classes expire.
     pub(crate) expires_since: Arc<BTreeMap<String, u64>>,
     pub(crate) log: LogConfig,
+    pub(crate) advisor: Arc<Thresholds>,
     pub(crate) token: Option<Arc<str>>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) registry: Arc<Registry>,
@@ -155,6 +158,7 @@ impl Worker {
             catalogs: catalogs.as_slice().into(),
             clock: Arc::clone(&self.clock),
             sql: Arc::clone(&self.host.sql),
+            advisor: Arc::clone(&self.advisor),
             importing: tokio::sync::Semaphore::new(1),
             looking_back: tokio::sync::Semaphore::new(2),
             spool: spool.clone(),
@@ -201,6 +205,12 @@ impl Worker {
             spool: spool.clone(),
         };
         let sweeping = tokio::task::spawn_local(or_abort(sweeper.run()));
+        let stock_taker = StockTaker {
+            engine: engine.clone(),
+            catalogs: catalogs.clone(),
+            metrics: Rc::clone(&metrics),
+        };
+        let taking_stock = tokio::task::spawn_local(or_abort(stock_taker.run()));
         let firing = [
             tokio::task::spawn_local(or_abort(Rc::clone(&alarms).run())),
             tokio::task::spawn_local(or_abort(Rc::clone(&alarms).watch(engine.clone(), catalogs))),
@@ -227,7 +237,11 @@ impl Worker {
             }
             Err(error) => warn!(error = %Causes(&error), "the listener cannot be used"),
         }
-        for task in tasks.into_iter().chain(keeping).chain([sweeping]) {
+        for task in tasks
+            .into_iter()
+            .chain(keeping)
+            .chain([sweeping, taking_stock])
+        {
             task.abort();
         }
         host.shut_down();

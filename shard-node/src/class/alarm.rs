@@ -58,6 +58,10 @@ impl Context {
     }
 
     fn change_alarm(&self, at: Option<u64>) -> Result<(), ClassError> {
+        if at.is_some() {
+            // As it is billed.
+            self.0.storage.meter().pair_written(0);
+        }
         if self.0.in_alarm.get()
             && let Some(run) = self.0.alarm_run.get()
         {

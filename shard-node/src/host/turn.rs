@@ -12,13 +12,19 @@ use crate::class::{AlarmHandler, ClassError, Json, Turn};
 use crate::object::Object;
 use crate::object::mailbox::{Event, Reply};
 use crate::storage::NumberedAlarm;
+use crate::usage::Of;
 
 impl Host {
     /// Hands an event to the instance.
     pub(super) fn begin(&self, object: &Object, event: Event) -> Result<Turn<Reply>, ClassError> {
+        let meter = object.context.storage().meter();
         Ok(match event {
-            Event::Fetch(request) => map_turn(object.instance()?.fetch(request), Reply::Response),
+            Event::Fetch(request) => {
+                meter.count(Of::Fetches, 1);
+                map_turn(object.instance()?.fetch(request), Reply::Response)
+            }
             Event::Call { method, args } => {
+                meter.count(Of::Calls, 1);
                 let instance = object.instance()?;
                 let methods = object.class.methods();
                 if !methods.contains(&method.as_ref()) {
@@ -60,6 +66,7 @@ impl Host {
             return Ok(Turn::Done(Ok(())));
         };
         self.timers.count_begun(due.next_ms);
+        context.storage().meter().count(Of::Alarms, 1);
         firing.number.set(Some(alarm.number));
         context.begin_alarm(alarm.number);
         let info = AlarmInfo {
@@ -73,6 +80,11 @@ impl Host {
                 let idle = !context.storage().has_written();
                 context.end_alarm()?;
                 metrics.alarm(&class, if idle { "idle" } else { "done" });
+                if idle {
+                    context.storage().meter().count(Of::IdleAlarms, 1);
+                }
+                self.hot
+                    .alarm_ended(context.id(), idle, context.unix_millis());
                 Turn::Done(Ok(()))
             }
             Turn::Done(Err(error)) => {
@@ -81,6 +93,7 @@ impl Host {
             }
             Turn::Running(handler) => {
                 let run_time_max = self.config.alarms.run_time_max;
+                let hot = Rc::clone(&self.hot);
                 let context = context.clone();
                 let handler = AlarmHandler {
                     context: context.clone(),
@@ -91,6 +104,8 @@ impl Host {
                     context.drop_alarm_run();
                     ended.unwrap_or_else(|_| Err(ran_too_long(run_time_max)))?;
                     metrics.alarm(&class, "done");
+                    // It waited for something: that is work.
+                    hot.alarm_ended(context.id(), false, context.unix_millis());
                     Ok(())
                 })
             }

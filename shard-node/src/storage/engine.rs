@@ -48,6 +48,9 @@ pub trait Engine {
     /// as one.
     fn used(&self, _object: &Identity, _precision_ms: u64) {}
 
+    /// The object has so many keys and rows, counted up to [`KEYS_COUNTED`](super::KEYS_COUNTED).
+    fn keys(&self, _object: &Identity, _keys: u32) {}
+
     /// The bookmark of now: all that was committed, and nothing that will be. `None`: this engine keeps no
     /// past.
     fn bookmark(&self) -> Option<Bookmark> {

@@ -60,6 +60,13 @@ impl Storage {
     /// The value of `key`.
     pub fn kv_get(&self, key: &str) -> Result<Option<Entry>, StorageError> {
         check_key(key)?;
+        let found = self.pair(key)?;
+        let bytes = found.as_ref().map(|found| key.len() + found.value.len());
+        self.meter.pairs_read(1, bytes.unwrap_or(0));
+        Ok(found)
+    }
+
+    fn pair(&self, key: &str) -> Result<Option<Entry>, StorageError> {
         if !self.has_pairs()? {
             return Ok(None);
         }
@@ -93,6 +100,7 @@ impl Storage {
             return Err(KvError::PairTooLarge { bytes, max }.into());
         }
         self.create_pairs()?;
+        self.meter.pair_written(bytes);
         self.writing(|connection| {
             // The limit on a value counts the whole row; ours counts key and value alone.
             let raised = i32::try_from(max.saturating_add(ROW_OVERHEAD_BYTES)).unwrap_or(i32::MAX);
@@ -119,14 +127,16 @@ impl Storage {
     /// Removes `key`; `true` if it was there.
     pub fn kv_delete(&self, key: &str) -> Result<bool, StorageError> {
         check_key(key)?;
-        if !self.has_pairs()? {
-            return Ok(false);
-        }
-        self.writing(|connection| {
-            let deleted = prepare_ours(connection, "DELETE FROM _dormouse_kv WHERE key = ?1")?
-                .execute([key])?;
-            Ok(deleted > 0)
-        })
+        let deleted = match self.has_pairs()? {
+            false => false,
+            true => self.writing(|connection| {
+                let delete = "DELETE FROM _dormouse_kv WHERE key = ?1";
+                let deleted = prepare_ours(connection, delete)?.execute([key])?;
+                Ok(deleted > 0)
+            })?,
+        };
+        self.meter.pair_deleted(deleted);
+        Ok(deleted)
     }
 
     /// Calls `each` with key, media type and value of every pair in the range, in order, until it
@@ -189,7 +199,8 @@ impl Storage {
             "SELECT key, media_type, {what} FROM _dormouse_kv \
              WHERE key >= ?1 AND {below} ORDER BY key {order}"
         );
-        self.reading(|connection| {
+        let (mut pairs, mut bytes) = (0, 0);
+        let listed = self.reading(|connection| {
             let mut statement = prepare_ours(connection, &sql)?;
             let mut rows = statement.query((least, end))?;
             let mut left = options.limit.unwrap_or(u32::MAX);
@@ -204,13 +215,18 @@ impl Storage {
                     ValueRef::Null => None,
                     text => Some(text.as_str()?),
                 };
-                if !each(key, media_type, row.get_ref(2)?)? {
+                let value = row.get_ref(2)?;
+                pairs += 1;
+                bytes += key.len() + value.as_blob().map_or(0, <[u8]>::len);
+                if !each(key, media_type, value)? {
                     break;
                 }
                 left -= 1;
             }
             Ok(())
-        })
+        });
+        self.meter.pairs_read(pairs, bytes);
+        listed
     }
 
     /// Whether anything was ever put.

@@ -35,7 +35,7 @@ use super::overlay::Capture;
 use super::vfs::{self, DatabaseFile};
 use super::{LogConfig, Opened};
 use crate::archive::Archive;
-use crate::catalog::{Catalogs, Note, Query, Row};
+use crate::catalog::{Catalogs, ClassStock, Note, Query, Row};
 use crate::checkpoint::{Checkpointer, Flush};
 use crate::clock::Clock;
 use crate::commit_log::record::FileId;
@@ -410,6 +410,64 @@ impl Logged {
         self.0
             .catalogs
             .count(FileId::catalog(home, shard), &connect)
+    }
+
+    /// How often a shard's catalog was written since the start.
+    pub(crate) fn times_written(&self, home: Home, shard: ShardId) -> u64 {
+        self.0.catalogs.times_written(FileId::catalog(home, shard))
+    }
+
+    /// What a shard has of each class.
+    pub(crate) fn stock(
+        &self,
+        home: Home,
+        shard: ShardId,
+    ) -> rusqlite::Result<Vec<(String, ClassStock)>> {
+        let catalog = FileId::catalog(home, shard);
+        if !self.0.exists(catalog, shard)? {
+            return Ok(Vec::new());
+        }
+        let connect = |catalog| self.0.open(catalog, shard);
+        self.0.catalogs.stock(catalog, &connect)
+    }
+
+    /// The objects of a shard with the most keys and rows.
+    pub(crate) fn most_keys(
+        &self,
+        home: Home,
+        shard: ShardId,
+        limit: u32,
+    ) -> rusqlite::Result<Vec<(ObjectId, u32)>> {
+        let catalog = FileId::catalog(home, shard);
+        if !self.0.exists(catalog, shard)? {
+            return Ok(Vec::new());
+        }
+        let connect = |catalog| self.0.open(catalog, shard);
+        let found = self.0.catalogs.most_keys(catalog, limit, &connect)?;
+        let objects = found.into_iter();
+        Ok(objects
+            .filter_map(|(id, keys)| Some((id.object()?, keys)))
+            .collect())
+    }
+
+    /// Keys and rows of an object as its catalog, or a note for it, says.
+    fn known_keys(&self, id: FileId, shard: ShardId) -> rusqlite::Result<u32> {
+        let noted = self
+            .0
+            .core
+            .notes
+            .borrow()
+            .get(&id)
+            .and_then(|note| note.keys);
+        if let Some(keys) = noted {
+            return Ok(keys);
+        }
+        let catalog = FileId::catalog(id.home(), shard);
+        if !self.0.exists(catalog, shard)? {
+            return Ok(0);
+        }
+        let connect = |catalog| self.0.open(catalog, shard);
+        self.0.catalogs.keys(catalog, id, &connect)
     }
 
     /// Writes to the catalogs what they do not have yet.

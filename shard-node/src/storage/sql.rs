@@ -148,6 +148,7 @@ impl Storage {
         if width == 0 {
             rows.rows_read = 0;
         }
+        self.meter.rows(rows.rows_read, returned, rows.rows_written);
         Ok(rows)
     }
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use http::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use protocol::ClassName;
-use shard_node::class::{Args, Body, Class, ClassError, Context, Instance, Json, Turn};
+use protocol::{ClassName, Home, ObjectId};
+use shard_node::class::{AlarmInfo, Args, Body, Class, ClassError, Context, Instance, Json, Turn};
 use shard_node::classes::Classes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -16,6 +16,7 @@ pub(crate) fn all() -> Classes {
     Classes::built_in()
         .with(Probe::default())
         .with(Broken::default())
+        .with(Rattle::default())
 }
 
 /// Counts its own constructions, waits, panics, echoes.
@@ -50,6 +51,7 @@ impl Class for Probe {
             "once",
             "bookmark",
             "go_back",
+            "call_others",
         ]
     }
 
@@ -219,6 +221,17 @@ impl Instance for ProbeInstance {
                 .map(|bookmark| bookmark.to_string().into()),
             ),
             "go_back" => Turn::Done(self.go_back(&args)),
+            // As if it had called so many others.
+            "call_others" => {
+                let count = args.integer(0, "count").unwrap().unwrap();
+                for number in 0..count {
+                    let name = format!("child-{number}").parse().unwrap();
+                    let class = self.context.class();
+                    let id = ObjectId::named(class, Home::Global, &name);
+                    self.context.count_object_call(id);
+                }
+                Turn::Done(Ok(Json::Null))
+            }
             "throw" => Turn::Done(Err(ClassError::Thrown {
                 name: "RangeError".to_owned(),
                 message: "too far".to_owned(),
@@ -289,6 +302,55 @@ impl hyper::body::Body for PanickingBody {
         std::task::Poll::Ready(Some(Ok(hyper::body::Frame::data(
             bytes::Bytes::from_static(b"first"),
         ))))
+    }
+}
+
+/// Has an alarm every few milliseconds, which does nothing but set the next.
+pub(crate) struct Rattle(ClassName);
+
+impl Default for Rattle {
+    fn default() -> Self {
+        Self("Rattle".parse().unwrap())
+    }
+}
+
+impl Class for Rattle {
+    fn name(&self) -> &ClassName {
+        &self.0
+    }
+
+    fn methods(&self) -> &'static [&'static str] {
+        &["begin"]
+    }
+
+    fn handles_alarms(&self) -> bool {
+        true
+    }
+
+    fn construct(&self, context: Context) -> Result<Rc<dyn Instance>, ClassError> {
+        Ok(Rc::new(RattleInstance(context)))
+    }
+}
+
+struct RattleInstance(Context);
+
+impl RattleInstance {
+    fn again(&self) -> Result<(), ClassError> {
+        self.0.set_alarm(self.0.unix_millis() + 20)
+    }
+}
+
+impl Instance for RattleInstance {
+    fn fetch(self: Rc<Self>, _request: Request<Body>) -> Turn<Response<Body>> {
+        Turn::Done(Ok(Response::new(Body::empty())))
+    }
+
+    fn call(self: Rc<Self>, _method: &str, _args: Args) -> Turn<Json> {
+        Turn::Done(self.again().map(|()| Json::Null))
+    }
+
+    fn alarm(self: Rc<Self>, _info: AlarmInfo) -> Turn<()> {
+        Turn::Done(self.again())
     }
 }
 

@@ -8,3 +8,4 @@ mod link;
 mod node;
 mod requests;
 mod support;
+mod usage;

@@ -287,9 +287,18 @@ impl Database {
             used_within_ms: precision_ms,
             alarm: None,
             deleted: false,
+            keys: None,
         });
         note.used_ms = note.used_ms.max(now);
         note.used_within_ms = note.used_within_ms.min(precision_ms);
+    }
+
+    /// Notes for the catalog how many keys and rows the object has, if it exists.
+    pub(super) fn keys(&self, keys: u32) {
+        self.used(USED_WITHIN_MILLIS);
+        if let Some(note) = self.core.notes.borrow_mut().get_mut(&self.id) {
+            note.keys = Some(keys);
+        }
     }
 
     /// Notes for the catalog what this commit changed of what it knows.
@@ -320,6 +329,7 @@ impl Database {
             used_within_ms: USED_WITHIN_MILLIS,
             alarm: None,
             deleted,
+            keys: None,
         });
         if note.bytes == 0 {
             note.first_ms = now;
@@ -327,6 +337,7 @@ impl Database {
         if deleted {
             note.deleted = true;
             note.alarm = None;
+            note.keys = None;
         }
         if alarm.is_some() {
             note.alarm = alarm;

@@ -11,6 +11,7 @@ use tracing::warn;
 use super::database::Database;
 use super::{Inner, Logged};
 use crate::alarm::AlarmState;
+use crate::catalog::stock;
 use crate::commit_log::State;
 use crate::commit_log::record::Named;
 use crate::storage::{Engine, Handle, Identity, Opened, StorageError, commit_statement};
@@ -73,6 +74,21 @@ impl Engine for Logged {
                 self.0.release(&database);
             }
             Err(error) => warn!(object = %object.id, %error, "a use could not be noted"),
+        }
+    }
+
+    fn keys(&self, object: &Identity, keys: u32) {
+        let (id, shard) = (object.id.into(), object.shard);
+        let noted = self.known_keys(id, shard).and_then(|known| {
+            if stock::is_news(known, keys) {
+                let database = self.0.open_database(id, shard)?;
+                database.keys(keys);
+                self.0.release(&database);
+            }
+            Ok(())
+        });
+        if let Err(error) = noted {
+            warn!(object = %object.id, %error, "the number of keys could not be noted");
         }
     }
 

@@ -135,6 +135,8 @@ impl Inner {
                     used_ms: found.last_ms,
                     alarm: found.alarm,
                     deleted: found.deleted,
+                    // An observation, not worth a place in the log: counted again when the object writes.
+                    keys: None,
                 };
                 self.core.notes.borrow_mut().insert(id, note);
             }
