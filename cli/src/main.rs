@@ -5,6 +5,7 @@ mod alarms;
 mod backup;
 mod bulk;
 mod dev;
+mod doctor;
 mod fsck;
 mod objects;
 mod show;
@@ -43,6 +44,10 @@ enum Command {
     Alarms(alarms::Command),
     /// Runs SQL in the database of an object
     Sql(objects::SqlArgs),
+    /// Judges how classes and objects are used, and says what to use instead
+    Doctor(doctor::DoctorArgs),
+    /// Five questions before a class is written: object, KV, SQL, queue or stateless?
+    Advise(doctor::AdviseArgs),
     /// Saves all objects elsewhere, and brings them back
     #[command(subcommand)]
     Backup(backup::Command),
@@ -65,6 +70,8 @@ fn main() -> ExitCode {
         Some(Command::Objects(command)) => objects::main(&command),
         Some(Command::Alarms(command)) => alarms::main(&command),
         Some(Command::Sql(args)) => objects::main_sql(&args),
+        Some(Command::Doctor(args)) => doctor::main(&args),
+        Some(Command::Advise(args)) => doctor::main_advise(&args),
         Some(Command::Backup(command)) => backup::main(&command),
         Some(Command::Fsck(args)) => fsck::main(&args),
         Some(Command::Loadtest(command)) => loadtest::main(&command),
