@@ -12,6 +12,7 @@ mod fsck;
 mod limits;
 mod loadtest;
 mod operator;
+mod prometheus;
 mod readme;
 mod support;
 mod whole;
