@@ -314,9 +314,8 @@ impl Context {
         &self.0.storage
     }
 
-    /// Counts a call of this object to another one, for metrics and the advisor. For classes that reach others in
-    /// ways of their own.
-    pub fn count_object_call(&self, other: ObjectId) {
+    /// Counts a call of this object to another one, for metrics and the advisor.
+    pub(crate) fn count_object_call(&self, other: ObjectId) {
         self.0.storage.meter().object_called(other);
     }
 

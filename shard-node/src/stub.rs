@@ -123,6 +123,7 @@ impl Stub {
             )));
         };
         self.context.released().await;
+        self.context.count_object_call(self.id);
         let called = switchboard.call(self, method, args);
         tokio::time::timeout(self.answer_max, called)
             .await

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use http::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use protocol::{ClassName, Home, ObjectId};
+use protocol::ClassName;
 use shard_node::class::{AlarmInfo, Args, Body, Class, ClassError, Context, Instance, Json, Turn};
 use shard_node::classes::Classes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -221,16 +221,18 @@ impl Instance for ProbeInstance {
                 .map(|bookmark| bookmark.to_string().into()),
             ),
             "go_back" => Turn::Done(self.go_back(&args)),
-            // As if it had called so many others.
+            // Calls so many others, one after the other.
             "call_others" => {
                 let count = args.integer(0, "count").unwrap().unwrap();
-                for number in 0..count {
-                    let name = format!("child-{number}").parse().unwrap();
-                    let class = self.context.class();
-                    let id = ObjectId::named(class, Home::Global, &name);
-                    self.context.count_object_call(id);
-                }
-                Turn::Done(Ok(Json::Null))
+                Turn::run(async move {
+                    let class: ClassName = "Counter".parse().unwrap();
+                    for number in 0..count {
+                        let name = format!("child-{number}").parse().unwrap();
+                        let child = self.context.stub(&class, &name);
+                        child.call("value", Vec::new()).await?;
+                    }
+                    Ok(Json::Null)
+                })
             }
             "throw" => Turn::Done(Err(ClassError::Thrown {
                 name: "RangeError".to_owned(),
