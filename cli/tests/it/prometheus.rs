@@ -222,6 +222,11 @@ fn config(dir: &Path) -> PathBuf {
         path = "/app"
         upstream = "app"
         [[routes]]
+        name = "cached"
+        path = "/cached"
+        upstream = "app"
+        cache = {{ default_ttl = "1s" }}
+        [[routes]]
         name = "sharded"
         path = "/sharded"
         rpc = {{ class = "Counter", name = "shard:{{shard}}", method = "increment", scope = "global" }}
@@ -242,6 +247,7 @@ fn config(dir: &Path) -> PathBuf {
 fn use_the_rest(url: &str, round: u64) {
     let get = |path: &str| request(&agent(), "GET", &format!("{url}{path}"), "").unwrap();
     assert_eq!(get("/app").0, 200);
+    assert_eq!(get("/cached").0, 200);
     let sharded = format!("{url}/sharded?userId={round}");
     assert_eq!(request(&agent(), "POST", &sharded, "").unwrap().0, 200);
     let queue = format!("Queue/q-{}", round % 3);
