@@ -6,16 +6,16 @@ mod cached;
 mod dynamic;
 mod heads;
 mod linked;
+mod logged;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, EXPECT, HOST, SET_COOKIE, USER_AGENT};
+use http::header::{CONTENT_LENGTH, EXPECT, HOST, SET_COOKIE};
 use http::{HeaderValue, Method};
 use pingora_cache::key::HashBinary;
 use pingora_cache::{CacheKey, CacheMeta, RespCacheable};
@@ -30,7 +30,6 @@ use rand::Rng;
 use tokio::time::Instant;
 use tracing::debug;
 
-use crate::access_log::{self, AccessLog, Line};
 use crate::asked::{Asked, Params};
 use crate::cache::{Cache, policy};
 use crate::config::{RequestsConfig, RetryConfig};
@@ -52,6 +51,7 @@ pub use dynamic::Dynamic;
 use heads::{
     forwarded, host, is_secure, pass_upgrade, peer_ip, require_one_host, strip, strip_response, uri,
 };
+use logged::log;
 
 const NOT_OWNER: ErrorType = ErrorType::Custom("not_owner");
 const TOKEN_REFUSED: ErrorType = ErrorType::Custom("token_refused");
@@ -777,45 +777,6 @@ impl ProxyHttp for Proxy {
 }
 
 impl Proxy {
-    fn write_down(
-        &self,
-        log: &AccessLog,
-        asked: &Asked<'_>,
-        session: &Session,
-        request: &Request,
-        took: Duration,
-    ) {
-        log.write(&Line {
-            time: access_log::now(),
-            request: &request.id,
-            trace: format!("{:032x}", request.trace.trace),
-            client: asked.client,
-            method: asked.method.as_str(),
-            scheme: asked.scheme(),
-            host: asked.host,
-            path: asked.path,
-            route: request.label.as_str(),
-            status: session
-                .response_written()
-                .map_or(0, |head| head.status.as_u16()),
-            refused: request.refused.map(ErrorCode::name),
-            cache: request.cached.outcome(session),
-            server: match &request.aim {
-                Some(Aim::App(app)) => app
-                    .choice
-                    .as_ref()
-                    .map(|choice| choice.picked.server.address),
-                _ => None,
-            },
-            tries: request.tries,
-            sent_bytes: session.body_bytes_sent(),
-            took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
-            agent: asked.header_value(&USER_AGENT),
-        });
-    }
-}
-
-impl Proxy {
     /// Makes the request one for a worker.
     fn address(
         &self,
@@ -942,19 +903,4 @@ async fn hold_body(session: &mut Session, max: u64) -> Result<Vec<u8>, Problem> 
         }
     }
     Ok(body)
-}
-
-fn log(session: &Session, error: Option<&Error>, request: &Request, code: Code, took: Duration) {
-    debug!(
-        request = request.id,
-        trace = format_args!("{:032x}", request.trace.trace),
-        span = format_args!("{:016x}", request.trace.span),
-        method = %session.req_header().method,
-        route = request.label.as_str(),
-        ?code,
-        tries = request.tries,
-        took_us = took.as_micros(),
-        error = error.map(tracing::field::display),
-        "request answered"
-    );
 }

@@ -4,11 +4,16 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty};
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls_pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, ClientConnection, StreamOwned};
 
@@ -110,6 +115,36 @@ fn exchange(stream: &mut (impl Read + Write), path: &str) -> bool {
     !head.contains("connection: close")
 }
 
+type Sender = http2::SendRequest<Empty<Bytes>>;
+
+async fn open_h2(address: SocketAddr) -> Sender {
+    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+    let (sender, connection) = handshake.await.unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+/// One request. Whether the connection goes on: a server that leaves says so (GOAWAY).
+async fn ask_h2(sender: &mut Sender) -> bool {
+    if sender.ready().await.is_err() {
+        return false;
+    }
+    let request = http::Request::get("http://localhost/").body(Empty::new());
+    match sender.send_request(request.unwrap()).await {
+        Ok(answer) => {
+            assert_eq!(answer.status(), 200);
+            answer.into_body().collect().await.unwrap();
+            true
+        }
+        // It was told before this request was sent.
+        Err(error) => {
+            assert!(error.is_canceled(), "{error}");
+            false
+        }
+    }
+}
+
 /// Clients that ask without a pause, each in its own way. Whatever goes wrong is a panic of theirs.
 struct Load {
     stop: Arc<AtomicBool>,
@@ -148,6 +183,14 @@ impl Load {
             let session = ClientConnection::new(Arc::clone(&tls), name).unwrap();
             let mut stream = StreamOwned::new(session, connect(secure));
             Box::new(move || exchange(&mut stream, "/"))
+        });
+        load.client(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            let mut sender = runtime.block_on(open_h2(plain));
+            Box::new(move || runtime.block_on(ask_h2(&mut sender)))
         });
         load
     }
@@ -278,6 +321,76 @@ fn a_request_under_way_ends_where_it_began() {
     while exchange(&mut idle, "/here") {}
     drop((client, upstream));
     assert!(before.ended().success());
+}
+
+/// An app that counts what it is asked, in its answers, and keeps writers waiting until it is told.
+fn counting_app() -> (SocketAddr, SyncSender<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let (tell, told) = sync_channel(1);
+    std::thread::spawn(move || {
+        let told = Arc::new(Mutex::new(told));
+        for (number, stream) in listener.incoming().enumerate() {
+            let (mut stream, told) = (stream.unwrap(), Arc::clone(&told));
+            std::thread::spawn(move || {
+                let lines = match read_head(&mut stream).starts_with("POST") {
+                    true => {
+                        told.lock().unwrap().recv().unwrap();
+                        "dormouse-purge: page"
+                    }
+                    false => "cache-tag: page",
+                };
+                let body = number.to_string();
+                let length = body.len();
+                let answer = format!(
+                    "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\nconnection: close\r\n{lines}\r\n\r\n{body}"
+                );
+                stream.write_all(answer.as_bytes()).unwrap();
+            });
+        }
+    });
+    (address, tell)
+}
+
+#[test]
+fn what_the_last_requests_purge_is_dropped_by_the_successor() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, socket) = (dir.path().join("gateway.toml"), dir.path().join("upgrade"));
+    let (app, write) = counting_app();
+    let toml = format!(
+        "listen = '127.0.0.1:0'\nadmin_listen = '127.0.0.1:0'\nnodes = []\nthreads = 1\n\
+         upstreams.app.servers = ['{app}']\n\
+         routes = [{{ name = 'a', path = '/*', upstream = 'app', cache = {{ default_ttl = '1h' }} }}]\n"
+    );
+    std::fs::write(&file, toml).unwrap();
+    let before = Running::start(&file, &socket, false);
+    let mut writer = connect(before.address(1));
+    writer
+        .write_all(
+            b"POST /write HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+        )
+        .unwrap();
+    let page = |gateway: &Running| {
+        let mut stream = connect(gateway.address(1));
+        stream
+            .write_all(b"GET /page HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer.split("\r\n\r\n").nth(1).unwrap().to_owned()
+    };
+    // The request of the writer is with the app when the page is asked for: it was accepted first.
+    let mut kept = page(&before);
+    let next = Running::start(&file, &socket, true);
+    // While the old one may still accept, a page may be asked for twice.
+    while page(&next) != kept {
+        kept = page(&next);
+    }
+    write.send(()).unwrap();
+    writer.read_to_string(&mut String::new()).unwrap();
+    // The old one has ended when the successor knows all that it purged.
+    assert!(before.ended().success());
+    assert!((0..10_000).any(|_| page(&next) != kept));
 }
 
 #[test]
