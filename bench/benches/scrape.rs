@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 const SHARDS: u16 = 128;
 const PER_TICK: u32 = 500;
 const SCRAPES: usize = 50;
+const FEW: u32 = 10;
 
 fn main() {
     let objects: u32 =
@@ -34,12 +35,14 @@ fn main() {
     };
     // Makes the directory one of a node.
     start(&config).shut_down();
-    let few = scrape(&start_and_wait(&config, 0));
-    fill(dir.path(), objects);
-    let node = start_and_wait(&config, objects);
-    let many = scrape(&node);
+    fill(dir.path(), 0..FEW);
+    let few = start_and_scrape(&config, FEW);
+    let begun = monotonic_nanos();
+    fill(dir.path(), FEW..objects);
+    println!("created {objects} objects: {:.0} s", seconds(begun));
+    let many = start_and_scrape(&config, objects);
     println!(
-        "series: {} without objects, {} with {objects}",
+        "series: {} with {FEW} objects, {} with {objects}",
         few.series, many.series
     );
     println!(
@@ -48,7 +51,6 @@ fn main() {
         many.times[SCRAPES / 2],
         many.times[SCRAPES - 1]
     );
-    node.shut_down();
 }
 
 struct Scraped {
@@ -80,27 +82,28 @@ fn start(config: &Config) -> Node {
     Node::start(config, &Classes::built_in()).expect("a node")
 }
 
-/// Starts a node and waits until its metrics say how many objects there are.
-fn start_and_wait(config: &Config, objects: u32) -> Node {
+/// Starts a node, waits until its metrics say how many objects there are, and scrapes it.
+fn start_and_scrape(config: &Config, objects: u32) -> Scraped {
     let begun = monotonic_nanos();
     let node = start(config);
     let (_never, pause) = std::sync::mpsc::sync_channel::<()>(1);
-    if objects > 0 {
-        let line =
-            format!("shard_stored_objects{{class=\"Counter\",size=\"under_10mb\"}} {objects}\n");
-        while !node.registry().handle().render().contains(&line) {
-            // Nobody sends: this only waits.
-            let waited = pause.recv_timeout(Duration::from_millis(5));
-            waited.expect_err("nobody sends");
-        }
-        let took = seconds(begun);
-        println!("the node knows of {objects} objects {took:.2} s after its start");
+    let line = format!("shard_stored_objects{{class=\"Counter\",size=\"under_10mb\"}} {objects}\n");
+    while !node.registry().handle().render().contains(&line) {
+        // Nobody sends: this only waits.
+        let waited = pause.recv_timeout(Duration::from_millis(5));
+        waited.expect_err("nobody sends");
     }
-    node
+    println!(
+        "the node knows of {objects} objects {:.2} s after its start",
+        seconds(begun)
+    );
+    let scraped = scrape(&node);
+    node.shut_down();
+    scraped
 }
 
 /// Every object wakes, counts once and sleeps, as in `million`.
-fn fill(dir: &Path, objects: u32) {
+fn fill(dir: &Path, objects: std::ops::Range<u32>) {
     let setup = Setup {
         disk: Arc::new(RealDisk::new(dir).expect("it is a node's")),
         data_dir: dir.to_owned(),
@@ -116,7 +119,7 @@ fn fill(dir: &Path, objects: u32) {
     let shared: Rc<dyn Engine> = Rc::new(engine.clone());
     let class: ClassName = "Counter".parse().expect("legal");
     let config = Arc::new(SqlConfig::default());
-    for number in 0..objects {
+    for number in objects {
         let name: ObjectName = format!("object-{number}").parse().expect("legal");
         let id = ObjectId::named(&class, Home::Global, &name);
         let identity = Identity {
