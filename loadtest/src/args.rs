@@ -37,8 +37,8 @@ pub struct RunArgs {
     /// (500..2000); 0: as fast as the connections allow (closed loop)
     #[arg(long, default_value = "1000")]
     pub rate: Rate,
-    /// What requests do: increment, read, sql, sql-write, sql-read, kv, kv-put, kv-get, mixed, or
-    /// several with weights (increment=3,read=6,sql=1)
+    /// What requests do: increment, read, sql, sql-write, sql-read, kv, kv-put, kv-get, mixed, counter (a sharded
+    /// one), or several with weights (increment=3,read=6,sql=1)
     #[arg(long, default_value = "increment")]
     pub scenario: Mix,
     /// Seconds of load, warm-up not included
@@ -62,6 +62,9 @@ pub struct RunArgs {
     /// With --names hot-spot: the share of requests that the hot object gets
     #[arg(long, default_value_t = 0.9)]
     pub hot_share: f64,
+    /// With --scenario counter: how many shards each counter has, told to the first --admin [default: as they come]
+    #[arg(long, value_name = "N")]
+    pub shards: Option<u32>,
     /// Bytes of a value that kv-put writes
     #[arg(long, default_value_t = 100)]
     pub value_bytes: u32,
@@ -160,6 +163,10 @@ impl RunArgs {
             "--processes {} must be from 1 to {PROCESSES_MAX}, and not above --connections {}",
             self.processes,
             self.connections
+        );
+        ensure!(
+            self.shards.is_none() || !self.admin.is_empty(),
+            "--shards wants --admin: clients cannot change the shards of a counter"
         );
         ensure!(
             self.processes == 1 || self.prometheus_listen.is_none(),

@@ -112,9 +112,17 @@ impl Client {
             Store::Counter => &self.target.counter,
             Store::Sql => "Sql",
             Store::Kv => "Kv",
+            Store::Sharded => "",
         };
         let (number, method) = (call.number, call.method);
-        let request = Request::post(format!("/rpc/{class}/{prefix}{number}/{method}"))
+        let request = match (call.store, method) {
+            (Store::Sharded, "value") => {
+                Request::get(format!("/counters/{prefix}{number}?exact=true"))
+            }
+            (Store::Sharded, _) => Request::post(format!("/counters/{prefix}{number}/{method}")),
+            _ => Request::post(format!("/rpc/{class}/{prefix}{number}/{method}")),
+        };
+        let request = request
             .header(header::HOST, host)
             .header(header::CONTENT_LENGTH, call.arguments.len())
             .body(Full::new(call.arguments.clone()));

@@ -32,6 +32,7 @@ pub(crate) struct Cell {
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     pub(crate) counters: HashMap<u32, Counts>,
+    pub(crate) sharded: HashMap<u32, Counts>,
     /// Increments whose answers are still awaited.
     under_way: HashMap<u32, u64>,
     pub(crate) cells: HashMap<Cell, Counts>,
@@ -73,11 +74,8 @@ impl Ledger {
     }
 
     pub(crate) fn add(&mut self, other: Self) {
-        for (object, counts) in other.counters {
-            let sum = self.counters.entry(object).or_default();
-            sum.acknowledged += counts.acknowledged;
-            sum.unknown += counts.unknown;
-        }
+        add_up(&mut self.counters, other.counters);
+        add_up(&mut self.sharded, other.sharded);
         // Writers have different numbers in every process.
         self.cells.extend(other.cells);
         self.wrong_answers += other.wrong_answers;
@@ -85,10 +83,19 @@ impl Ledger {
     }
 }
 
+fn add_up(sums: &mut HashMap<u32, Counts>, more: HashMap<u32, Counts>) {
+    for (object, counts) in more {
+        let sum = sums.entry(object).or_default();
+        sum.acknowledged += counts.acknowledged;
+        sum.unknown += counts.unknown;
+    }
+}
+
 /// A ledger between processes: JSON has no maps with such keys.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct LedgerLines {
     counters: Vec<(u32, Counts)>,
+    sharded: Vec<(u32, Counts)>,
     cells: Vec<(Cell, Counts)>,
     wrong_answers: u64,
     wrong_answer: Option<String>,
@@ -98,6 +105,7 @@ impl From<Ledger> for LedgerLines {
     fn from(ledger: Ledger) -> Self {
         Self {
             counters: ledger.counters.into_iter().collect(),
+            sharded: ledger.sharded.into_iter().collect(),
             cells: ledger.cells.into_iter().collect(),
             wrong_answers: ledger.wrong_answers,
             wrong_answer: ledger.wrong_answer,
@@ -109,6 +117,7 @@ impl From<LedgerLines> for Ledger {
     fn from(lines: LedgerLines) -> Self {
         Self {
             counters: lines.counters.into_iter().collect(),
+            sharded: lines.sharded.into_iter().collect(),
             under_way: HashMap::new(),
             cells: lines.cells.into_iter().collect(),
             wrong_answers: lines.wrong_answers,

@@ -25,6 +25,7 @@ mod rule;
 mod run;
 mod schedule;
 mod server_side;
+mod shards;
 mod sweep;
 mod verify;
 mod visitor;

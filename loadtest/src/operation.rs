@@ -21,6 +21,8 @@ pub enum Operation {
     KvPut,
     /// `get` of one value.
     KvGet,
+    /// An increment of a sharded counter: a durable write.
+    Counter,
 }
 
 /// What keeps the state that an operation is about.
@@ -29,15 +31,18 @@ pub(crate) enum Store {
     Counter,
     Sql,
     Kv,
+    /// Sharded counters, which are no objects to their clients.
+    Sharded,
 }
 
-const NAMES: [(&str, Operation); 6] = [
+const NAMES: [(&str, Operation); 7] = [
     ("increment", Operation::Increment),
     ("read", Operation::Read),
     ("sql-write", Operation::SqlWrite),
     ("sql-read", Operation::SqlRead),
     ("kv-put", Operation::KvPut),
     ("kv-get", Operation::KvGet),
+    ("counter", Operation::Counter),
 ];
 
 /// Names for several operations.
@@ -68,11 +73,15 @@ impl Operation {
             Self::Increment | Self::Read => Store::Counter,
             Self::SqlWrite | Self::SqlRead => Store::Sql,
             Self::KvPut | Self::KvGet => Store::Kv,
+            Self::Counter => Store::Sharded,
         }
     }
 
     pub(crate) fn writes(self) -> bool {
-        matches!(self, Self::Increment | Self::SqlWrite | Self::KvPut)
+        matches!(
+            self,
+            Self::Increment | Self::SqlWrite | Self::KvPut | Self::Counter
+        )
     }
 }
 
@@ -84,7 +93,7 @@ pub struct Mix(Vec<(Operation, u32)>);
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum MixError {
     #[error(
-        "{0:?} must be one of increment, read, sql, sql-write, sql-read, kv, kv-put, kv-get, mixed"
+        "{0:?} must be one of increment, read, sql, sql-write, sql-read, kv, kv-put, kv-get, counter, mixed"
     )]
     Unknown(String),
     #[error("the weight {0:?} must be a whole number from 1 to 1000000")]

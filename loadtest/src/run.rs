@@ -21,6 +21,7 @@ use crate::prometheus::{self, Live};
 use crate::report::Report;
 use crate::schedule::Span;
 use crate::server_side::{Scrape, scrape};
+use crate::shards::reshard;
 use crate::verify::verify;
 
 /// Runs the load and verifies its totals.
@@ -43,6 +44,9 @@ pub(crate) fn run_beside<T: Send + 'static>(
     let target = args.target(seed)?;
     std::net::TcpStream::connect(&target.host)
         .with_context(|| format!("connect to {}", target.host))?;
+    if let Some(shards) = args.shards {
+        reshard(args, &target, shards)?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;

@@ -12,6 +12,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use crate::args::RunArgs;
+use crate::operation::Operation;
 use crate::plot;
 use crate::process::{Cluster, ClusterShape};
 use crate::progress::show;
@@ -28,7 +29,8 @@ const COUNT_MAX: u32 = 1_000_000;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Axis {
-    /// Counters called `shard:0`, `shard:1`, … that are one logical counter
+    /// Counters called `shard:0`, `shard:1`, … that are one logical counter; with --scenario counter the shards
+    /// of one sharded counter
     Shards,
     /// Threads of the node that host objects
     Workers,
@@ -120,6 +122,7 @@ pub fn sweep(args: &SweepArgs) -> anyhow::Result<Sweep> {
             let mut run = args.run.clone();
             if let Some(cluster) = &cluster {
                 run.target.clone_from(&cluster.gateway_ready.url);
+                run.admin = vec![cluster.gateway_ready.admin.clone()];
             }
             let point = measure(args, run, *value)?;
             show(&format_args!(
@@ -232,6 +235,10 @@ fn measure(
     value: u32,
 ) -> anyhow::Result<(f64, f64, Latency, u64)> {
     match args.over {
+        Axis::Shards if run_args.scenario == Operation::Counter.into() => {
+            run_args.shards = Some(value);
+            run_args.objects = 1;
+        }
         Axis::Shards => {
             ":shard:".clone_into(&mut run_args.joint);
             run_args.objects = value;

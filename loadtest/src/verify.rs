@@ -28,6 +28,7 @@ type Writers = BTreeMap<u64, Counts>;
 #[derive(Clone)]
 enum Account {
     Counter(u32, Counts),
+    Sharded(u32, Counts),
     Sql(u32, Writers),
     Kv(u32, Writers),
 }
@@ -71,13 +72,15 @@ fn accounts(ledger: Ledger) -> Vec<Account> {
     }
     let counters = ledger.counters.into_iter();
     let counters = counters.map(|(number, counts)| Account::Counter(number, counts));
+    let sharded = ledger.sharded.into_iter();
+    let sharded = sharded.map(|(number, counts)| Account::Sharded(number, counts));
     let cells = writers
         .into_iter()
         .map(|((store, number), writers)| match store {
             Store::Sql => Account::Sql(number, writers),
-            Store::Kv | Store::Counter => Account::Kv(number, writers),
+            Store::Kv | Store::Counter | Store::Sharded => Account::Kv(number, writers),
         });
-    counters.chain(cells).collect()
+    counters.chain(sharded).chain(cells).collect()
 }
 
 impl Account {
@@ -87,6 +90,12 @@ impl Account {
             Self::Counter(number, counts) => {
                 let value = ask(client, Store::Counter, *number, "value", None).await;
                 let total = value.as_ref().and_then(Value::as_u64);
+                found.add(*counts, total);
+                total.is_some()
+            }
+            Self::Sharded(number, counts) => {
+                let answer = ask(client, Store::Sharded, *number, "value", None).await;
+                let total = answer.as_ref().and_then(|answer| answer["value"].as_u64());
                 found.add(*counts, total);
                 total.is_some()
             }

@@ -82,6 +82,7 @@ impl Visitor {
         match operation.store() {
             Store::Counter => self.visit_counter(operation, number).await,
             Store::Sql | Store::Kv => self.visit_cell(operation, number).await,
+            Store::Sharded => self.visit_sharded(number).await,
         }
     }
 
@@ -125,6 +126,31 @@ impl Visitor {
             let name = operation.name();
             ledger.wrong(format!(
                 "{name} of object {number} answered {value}, and {least} to {most} were possible"
+            ));
+        }
+        Ok(())
+    }
+
+    /// The total is only known in the end.
+    async fn visit_sharded(&mut self, number: u32) -> Result<(), String> {
+        let call = Call {
+            store: Store::Sharded,
+            number,
+            method: "increment",
+            arguments: Bytes::new(),
+        };
+        let outcome = self.client.call_patiently(&call, self.until).await;
+        let mut ledger = self.shared.ledger.borrow_mut();
+        let counts = ledger.sharded.entry(number).or_default();
+        match outcome {
+            Outcome::Answered(_) => counts.acknowledged += 1,
+            Outcome::Unknown(_) => counts.unknown += 1,
+            Outcome::Refused(_) => {}
+        }
+        let answer = answered(outcome)?;
+        if answer["by"] != 1 || answer.get("repeated").is_some() {
+            ledger.wrong(format!(
+                "an increment of counter {number} answered {answer:.200}"
             ));
         }
         Ok(())
