@@ -9,6 +9,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use protocol::{ClassName, Colo, Home, ObjectId, ObjectName};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 use ureq::http::{Method, Request, Response};
 use ureq::{Agent, AsSendBody, Body};
@@ -133,24 +134,36 @@ impl ObjectArgs {
     }
 }
 
-/// An admin listener.
+/// An admin listener, or the listener that clients use.
 pub(crate) struct Admin {
     url: String,
     token: Option<String>,
     agent: Agent,
+    /// Sent with every request.
+    headers: Vec<(&'static str, String)>,
 }
 
 impl Admin {
     pub(crate) fn new(args: &AdminArgs) -> Self {
+        Self::at(&args.admin, args.admin_token.clone(), Vec::new())
+    }
+
+    /// The listener that clients use.
+    pub(crate) fn public(url: &str, headers: Vec<(&'static str, String)>) -> Self {
+        Self::at(url, None, headers)
+    }
+
+    fn at(url: &str, token: Option<String>, headers: Vec<(&'static str, String)>) -> Self {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .timeout_connect(Some(Duration::from_secs(10)))
             .timeout_recv_response(Some(ANSWER_MAX))
             .build();
         Self {
-            url: args.admin.trim_end_matches('/').to_owned(),
-            token: args.admin_token.clone(),
+            url: url.trim_end_matches('/').to_owned(),
+            token,
             agent: config.into(),
+            headers,
         }
     }
 
@@ -170,6 +183,9 @@ impl Admin {
         if let Some(token) = &self.token {
             request = request.header("authorization", format!("Bearer {token}"));
         }
+        for (name, value) in &self.headers {
+            request = request.header(*name, value);
+        }
         let request = request.body(body).map_err(|error| failed(error.into()))?;
         let mut answer = self.agent.run(request).map_err(failed)?;
         if answer.status().is_success() {
@@ -188,15 +204,35 @@ impl Admin {
     }
 
     pub(crate) fn ask(&self, method: Method, path: &str, body: &str) -> Result<Json, AdminError> {
+        self.read(method, path, body)
+    }
+
+    /// The same, read as what it is known to be.
+    pub(crate) fn read<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &str,
+    ) -> Result<T, AdminError> {
+        let text = self.text(method, path, body)?;
+        serde_json::from_str(&text).map_err(|source| AdminError::NotJson {
+            url: format!("{}{path}", self.url),
+            source,
+        })
+    }
+
+    /// The text of an answer.
+    pub(crate) fn text(
+        &self,
+        method: Method,
+        path: &str,
+        body: &str,
+    ) -> Result<String, AdminError> {
         let mut answer = self.send(method, path, body)?;
         let url = format!("{}{path}", self.url);
         let body = answer.body_mut().with_config().limit(ANSWER_BYTES_MAX);
-        let text = body.read_to_string();
-        let text = text.map_err(|source| AdminError::Exchange {
-            url: url.clone(),
-            source,
-        })?;
-        serde_json::from_str(&text).map_err(|source| AdminError::NotJson { url, source })
+        body.read_to_string()
+            .map_err(|source| AdminError::Exchange { url, source })
     }
 
     pub(crate) fn get(&self, path: &str) -> Result<Json, AdminError> {

@@ -4,6 +4,7 @@ mod admin;
 mod alarms;
 mod backup;
 mod bulk;
+mod counters;
 mod dev;
 mod doctor;
 mod fsck;
@@ -42,6 +43,9 @@ enum Command {
     /// Lists, fires and cancels alarms, and what became of those that failed
     #[command(subcommand)]
     Alarms(alarms::Command),
+    /// Lists, shows, reshards, increments, reads and exports sharded counters
+    #[command(subcommand)]
+    Counters(counters::Command),
     /// Runs SQL in the database of an object
     Sql(objects::SqlArgs),
     /// Judges how classes and objects are used, and says what to use instead
@@ -69,6 +73,7 @@ fn main() -> ExitCode {
         Some(Command::Node(args)) => shard_node::node::main(&args),
         Some(Command::Objects(command)) => objects::main(&command),
         Some(Command::Alarms(command)) => alarms::main(&command),
+        Some(Command::Counters(command)) => counters::main(&command),
         Some(Command::Sql(args)) => objects::main_sql(&args),
         Some(Command::Doctor(args)) => doctor::main(&args),
         Some(Command::Advise(args)) => doctor::main_advise(&args),

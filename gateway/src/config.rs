@@ -17,6 +17,7 @@ use crate::cache::config::{CacheConfig, RouteCacheConfig};
 use crate::cache::plan::Plans;
 use crate::client::ClientRules;
 use crate::cors::CorsConfig;
+use crate::counters::config::CountersConfig;
 use crate::downstream::certificates::Certificates;
 use crate::limit::config::LimitConfig;
 use crate::route::{Route, Routes};
@@ -28,8 +29,8 @@ mod routes;
 mod upstreams;
 
 pub use routes::{
-    ObjectRouteConfig, RedirectConfig, RespondConfig, RouteConfig, RpcRouteConfig, Scheme, Scope,
-    ShardConfig, ShardHash,
+    CounterRouteConfig, ObjectRouteConfig, RedirectConfig, RespondConfig, RouteConfig,
+    RpcRouteConfig, Scheme, Scope, ShardConfig, ShardHash,
 };
 pub use upstreams::{
     Balance, EjectConfig, HealthConfig, HttpVersion, ServerConfig, TimeoutsConfig, UpstreamConfig,
@@ -69,6 +70,7 @@ pub struct Config {
     /// Names what the routes' `upstream` may be.
     pub upstreams: BTreeMap<String, UpstreamConfig>,
     pub objects: ObjectsConfig,
+    pub counters: CountersConfig,
     pub client: ClientConfig,
     /// Ways to know who asks, by name, for `auth` of routes.
     pub auth: BTreeMap<String, AuthConfig>,
@@ -101,6 +103,7 @@ impl Default for Config {
             retry: RetryConfig::default(),
             upstreams: BTreeMap::new(),
             objects: ObjectsConfig::default(),
+            counters: CountersConfig::default(),
             client: ClientConfig::default(),
             auth: BTreeMap::new(),
             access_log: AccessLogConfig::default(),
@@ -232,12 +235,13 @@ pub struct ObjectsConfig {
 }
 
 /// Keys that a running gateway reads again.
-const RELOADED: [&str; 8] = [
+const RELOADED: [&str; 9] = [
     "access_log",
     "auth",
     "certificates",
     "routes",
     "client",
+    "counters",
     "limits",
     "objects",
     "upstreams",
@@ -517,6 +521,18 @@ mod tests {
             "routes[0].object.name is no template \"{a\", character 1: { without a }",
         );
         route_refused(
+            "counter = { name = '{a' }",
+            "routes[0].counter.name is no template \"{a\", character 1: { without a }",
+        );
+        route_refused(
+            "counter = { name = 'c', by = '1.5' }",
+            "routes[0].counter.by = \"1.5\" must be a whole number of 64 bits",
+        );
+        route_refused(
+            "counter = { name = 'c', by = '1', read = true }",
+            "routes[0].counter.by = \"1\" is for increments",
+        );
+        route_refused(
             "object = { class = 'Kv', name = '{shard}' }",
             "has no shard table",
         );
@@ -580,6 +596,10 @@ mod tests {
         refused("colo = 'sfo'", "three upper-case letters");
         refused("admin_listen = '0.0.0.0:1'", "needs an admin token");
         refused("retry.tries_max = 0", "retry.tries_max = 0");
+        refused(
+            "counters.key = 'fixed'",
+            "counters.key = \"fixed\" must take something from the request",
+        );
         refused(
             "upstreams.app.servers = []",
             "upstreams.app.servers must not be empty",

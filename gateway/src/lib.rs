@@ -14,6 +14,7 @@ pub mod cache;
 pub mod client;
 pub mod config;
 pub mod cors;
+pub mod counters;
 pub mod downstream;
 pub mod hot;
 pub mod limit;

@@ -10,7 +10,7 @@ use metrics::{
     gauge, histogram,
 };
 use ops::metrics::Registry;
-use protocol::ErrorCode;
+use protocol::{ErrorCode, Problem};
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -76,6 +76,33 @@ pub struct UpstreamMetrics {
     pub failures: Counter,
     pub ejections: Counter,
     pub retries_refused: Counter,
+}
+
+/// What is counted of sharded counters.
+pub struct CounterMetrics {
+    counted: Counter,
+    repeated: Counter,
+    refused: Counter,
+    unknown: Counter,
+    /// Calls to shards.
+    pub calls: Counter,
+    /// Increments that wait for a call to their shard to come back.
+    pub waiting: Gauge,
+    pub plans: Gauge,
+    pub plan_refreshes: Counter,
+}
+
+impl CounterMetrics {
+    /// One increment was answered: whether it was a repetition, or why it was refused.
+    pub fn count(&self, answer: &Result<bool, &Problem>) {
+        let outcome = match answer {
+            Ok(false) => &self.counted,
+            Ok(true) => &self.repeated,
+            Err(problem) if crate::counters::may_have_run(problem) => &self.unknown,
+            Err(_) => &self.refused,
+        };
+        outcome.increment(1);
+    }
 }
 
 /// What is counted of one limit.
@@ -183,6 +210,21 @@ impl Metrics {
             .register(|| gauge!("gateway_shard_skew", "route" => route))
     }
 
+    /// What is counted of sharded counters.
+    pub fn counters(&self) -> CounterMetrics {
+        let increments = |outcome: &'static str| counter!("gateway_counter_increments_total", "outcome" => outcome);
+        self.registry.register(|| CounterMetrics {
+            counted: increments("counted"),
+            repeated: increments("repeated"),
+            refused: increments("refused"),
+            unknown: increments("unknown"),
+            calls: counter!("gateway_counter_calls_total"),
+            waiting: gauge!("gateway_counter_waiting"),
+            plans: gauge!("gateway_counter_plans"),
+            plan_refreshes: counter!("gateway_counter_plan_refreshes_total"),
+        })
+    }
+
     /// What is counted of the limit of this name.
     pub fn limit(&self, name: &str) -> LimitMetrics {
         let decisions = |outcome: &'static str| counter!("gateway_limit_decisions_total", "limit" => name.to_owned(), "outcome" => outcome);
@@ -252,6 +294,26 @@ fn describe_cache() {
 
 fn describe() {
     describe_cache();
+    describe_counter!(
+        "gateway_counter_increments_total",
+        "Increments of sharded counters, by outcome; unknown: counted or not, the client must find out"
+    );
+    describe_counter!(
+        "gateway_counter_calls_total",
+        "Calls to shards of counters; increments of one shard that come together share one"
+    );
+    describe_gauge!(
+        "gateway_counter_waiting",
+        "Increments that wait for a call to their shard to come back, to go together"
+    );
+    describe_gauge!(
+        "gateway_counter_plans",
+        "Counters whose plans are remembered"
+    );
+    describe_counter!(
+        "gateway_counter_plan_refreshes_total",
+        "Plans of counters that were asked for because there was a newer one"
+    );
     describe_counter!(
         "gateway_limit_decisions_total",
         "Answers of rate limits, by limit and outcome; unreachable: by its configuration"

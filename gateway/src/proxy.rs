@@ -3,6 +3,7 @@
 
 mod answers;
 mod cached;
+mod counted;
 mod dynamic;
 mod heads;
 mod linked;
@@ -34,6 +35,9 @@ use crate::asked::{Asked, Params};
 use crate::cache::{Cache, policy};
 use crate::config::{RequestsConfig, RetryConfig};
 use crate::cors::Grant;
+use crate::counters::Counters;
+use crate::counters::ask::CounterAsk;
+use crate::counters::plans::Plans;
 use crate::hot::Hot;
 use crate::limit;
 use crate::link::Links;
@@ -73,10 +77,12 @@ pub struct Shared {
     pub metrics: Metrics,
     /// Objects that requests go to, by class and name; one of some requests is counted.
     pub hot_objects: Hot,
+    /// Of sharded counters.
+    pub plans: Plans,
 }
 
 /// The proxy of one thread.
-pub struct Proxy(pub Arc<Shared>, pub Links);
+pub struct Proxy(pub Arc<Shared>, pub Arc<Links>, pub Arc<Counters>);
 
 /// One request on its way.
 pub struct Request {
@@ -123,6 +129,7 @@ enum Aim {
         owner: Option<Owner>,
     },
     App(Box<AppAim>),
+    Counter(Box<CounterAsk>),
     /// Answered here.
     Here(Answer),
 }
@@ -167,6 +174,7 @@ impl Proxy {
         let label = match found {
             Found::Objects => RouteLabel::Contract("objects"),
             Found::Rpc => RouteLabel::Contract("rpc"),
+            Found::Counters => RouteLabel::Contract("counters"),
             Found::Route { index, params } => {
                 let route = dynamic.routes.get(index);
                 asked.params = params;
@@ -222,6 +230,7 @@ impl Proxy {
                 }
                 None => Err(Problem::not_found("the route has no upstream").into()),
             },
+            Target::Counter(ask) => Ok(Aim::Counter(ask)),
             Target::Redirect { status, location } => {
                 Ok(Aim::Here(Answer::Redirect { status, location }))
             }
@@ -231,15 +240,18 @@ impl Proxy {
 
     /// Counts some of the requests for objects, for operators.
     fn sample(&self, aim: &Aim) {
-        if let Aim::Object { target, .. } = aim
-            && limit::is_sampled()
-        {
-            let key = match &target.name {
+        let key = match aim {
+            Aim::Object { target, .. } if limit::is_sampled() => match &target.name {
                 Some(name) => format!("{}/{name}", target.class),
                 None => format!("{}/id:{}", target.class, target.id),
-            };
-            self.0.hot_objects.count(&key, limit::SAMPLE);
-        }
+            },
+            // Whatever shard it goes to.
+            Aim::Counter(ask) if limit::is_sampled() => {
+                format!("{}/{}", protocol::counters::COORDINATOR, ask.name)
+            }
+            _ => return,
+        };
+        self.0.hot_objects.count(&key, limit::SAMPLE);
     }
 
     /// The view of a request that has not been routed yet.
@@ -368,6 +380,7 @@ impl Aim {
         match self {
             Self::Object { .. } => "the worker of this object",
             Self::App(app) => app.upstream.name(),
+            Self::Counter(_) => "the objects of this counter",
             Self::Here(_) => "this gateway",
         }
     }
@@ -434,6 +447,9 @@ impl ProxyHttp for Proxy {
                     compress(session);
                 }
                 self.sample(&aim);
+                if let Aim::Counter(ask) = &aim {
+                    return self.answer_counter(session, request, ask).await;
+                }
                 request.aim = Some(aim);
                 self.answer_linked(session, request).await
             }
@@ -551,7 +567,7 @@ impl ProxyHttp for Proxy {
                 }
                 Ok(Box::new(peer))
             }
-            Some(Aim::Here(_)) | None => {
+            Some(Aim::Counter(_) | Aim::Here(_)) | None => {
                 Err(Error::explain(ErrorType::InternalError, "not routed"))
             }
         }

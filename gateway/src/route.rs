@@ -16,13 +16,14 @@ use ops::config::Broken;
 use protocol::{ClassName, Home, ObjectId, ObjectName, Problem};
 
 use crate::asked::{Asked, Params};
-use crate::config::{Config, RespondConfig, RouteConfig, Scheme, Scope};
+use crate::config::{Config, CounterRouteConfig, RespondConfig, RouteConfig, Scheme, Scope};
+use crate::counters::ask::{self, ClientKey, CounterAsk, What};
 use crate::shard::Sharding;
 use crate::template::{Source, Template};
 use pattern::{HostPattern, PathPattern};
 
 /// Labels in metrics for what the config does not name.
-pub const RESERVED_LABELS: [&str; 4] = ["objects", "rpc", "new", "none"];
+pub const RESERVED_LABELS: [&str; 5] = ["objects", "rpc", "counters", "new", "none"];
 
 /// One object, and what is asked of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +66,8 @@ pub enum Found {
     Objects,
     /// `/rpc/…`
     Rpc,
+    /// `/counters/…`
+    Counters,
     /// A route of the config, by its index, with its parameters.
     Route { index: usize, params: Params },
 }
@@ -73,6 +76,7 @@ pub enum Found {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
     Object(Box<ObjectTarget>),
+    Counter(Box<CounterAsk>),
     /// The app upstream of a route. The path and query that it shall see, unless as they came.
     App {
         route: usize,
@@ -100,6 +104,8 @@ pub struct Routes {
     routes: Vec<Route>,
     /// Classes whose names mean an object per colo under `/objects` and `/rpc`.
     colo_scoped: Vec<ClassName>,
+    /// Who asks, for counters.
+    client_key: ClientKey,
 }
 
 #[derive(Debug)]
@@ -139,6 +145,12 @@ enum Goal {
         scope: Scope,
         /// Of a call; `None` is the object's `fetch`.
         method: Option<String>,
+    },
+    Counter {
+        name: Template,
+        /// `None`: it is read.
+        by: Option<Template>,
+        client_key: ClientKey,
     },
     Redirect {
         status: StatusCode,
@@ -195,6 +207,7 @@ impl Routes {
         Ok(Self {
             routes,
             colo_scoped: colo_scoped.collect::<Result<_, _>>()?,
+            client_key: client_key(config)?,
         })
     }
 
@@ -213,6 +226,9 @@ impl Routes {
         }
         if asked.path.starts_with("/rpc/") {
             return Ok(Found::Rpc);
+        }
+        if asked.path.starts_with("/counters/") {
+            return Ok(Found::Counters);
         }
         if pattern::has_dot_segment(asked.path) {
             return Err(Problem::bad_request(format!(
@@ -240,8 +256,8 @@ impl Routes {
             ));
         }
         Err(Problem::not_found(format!(
-            "nothing is at {:?}; there are /objects/{{class}}/{{name}}, /rpc/{{class}}/{{name}}/{{method}} \
-             and the routes of the gateway's configuration",
+            "nothing is at {:?}; there are /objects/{{class}}/{{name}}, /rpc/{{class}}/{{name}}/{{method}}, \
+             /counters/{{name}} and the routes of the gateway's configuration",
             asked.path
         )))
     }
@@ -261,6 +277,10 @@ impl Routes {
                 contract::objects(self, asked, after("/objects/"), random).map(object)
             }
             Found::Rpc => contract::rpc(self, asked, after("/rpc/")).map(object),
+            Found::Counters => {
+                let ask = ask::contract(&self.client_key, asked, after("/counters/"))?;
+                Ok(Target::Counter(Box::new(ask)))
+            }
             Found::Route { index, .. } => self.routes[index].target(index, asked),
         }
     }
@@ -418,6 +438,11 @@ impl Route {
                     ask,
                 })))
             }
+            Goal::Counter {
+                name,
+                by,
+                client_key,
+            } => counter_target(name, by.as_ref(), client_key, &asked),
             Goal::Redirect { status, to } => {
                 to.render(&asked, &mut text)
                     .map_err(contract::bad_request)?;
@@ -492,6 +517,7 @@ impl Goal {
             config.upstream.is_some(),
             config.object.is_some(),
             config.rpc.is_some(),
+            config.counter.is_some(),
             config.redirect.is_some(),
             config.respond.is_some(),
         ];
@@ -499,7 +525,7 @@ impl Goal {
             return Err(Broken::new(
                 "name",
                 format!(
-                    "= {:?} must have exactly one of upstream, object, rpc, redirect, respond",
+                    "= {:?} must have exactly one of upstream, object, rpc, counter, redirect, respond",
                     config.name
                 ),
             ));
@@ -539,6 +565,10 @@ impl Goal {
             };
             return goal().map_err(|broken: Broken| broken.under("rpc"));
         }
+        if let Some(counter) = &config.counter {
+            let goal = Self::counter(counter, all, templates);
+            return goal.map_err(|broken| broken.under("counter"));
+        }
         if let Some(redirect) = &config.redirect {
             let goal = || {
                 let legal = [301, 302, 303, 307, 308].contains(&redirect.status);
@@ -551,10 +581,64 @@ impl Goal {
             };
             return goal().map_err(|broken: Broken| broken.under("redirect"));
         }
-        let respond = config.respond.as_ref().expect("one of the five is there");
+        let respond = config.respond.as_ref().expect("one of the six is there");
         let fixed = Fixed::new(respond).map_err(|broken| broken.under("respond"))?;
         Ok(Self::Respond(Arc::new(fixed)))
     }
+
+    fn counter(
+        config: &CounterRouteConfig,
+        all: &Config,
+        templates: &Templates<'_>,
+    ) -> Result<Self, Broken> {
+        if let Some(by) = config.by.as_ref().filter(|_| config.read) {
+            return Err(Broken::value(
+                "by",
+                by,
+                "is for increments, and read = true",
+            ));
+        }
+        let by = config.by.as_deref().unwrap_or("1");
+        let by = match config.read {
+            true => None,
+            false => Some(templates.key("by", by)?),
+        };
+        let constant = by.as_ref().filter(|by| by.sources().next().is_none());
+        if let Some(by) = constant.filter(|by| by.as_str().parse::<i64>().is_err()) {
+            let rule = "must be a whole number of 64 bits, or take it from the request";
+            return Err(Broken::value("by", by.as_str(), rule));
+        }
+        Ok(Self::Counter {
+            name: templates.key("name", &config.name)?,
+            by,
+            client_key: client_key(all)?,
+        })
+    }
+}
+
+fn client_key(config: &Config) -> Result<ClientKey, Broken> {
+    ClientKey::new(&config.counters.key).map_err(|broken| broken.under("counters"))
+}
+
+fn counter_target(
+    name: &Template,
+    by: Option<&Template>,
+    client_key: &ClientKey,
+    asked: &Asked<'_>,
+) -> Result<Target, Problem> {
+    let mut text = String::new();
+    name.render(asked, &mut text)
+        .map_err(contract::bad_request)?;
+    let name = text.parse().map_err(contract::bad_request)?;
+    let what = match by {
+        None => What::Read { exact: false },
+        Some(by) => {
+            text.clear();
+            by.render(asked, &mut text).map_err(contract::bad_request)?;
+            What::Increment(ask::increment(client_key, asked, &text)?)
+        }
+    };
+    Ok(Target::Counter(Box::new(CounterAsk { name, what })))
 }
 
 impl Fixed {
@@ -583,6 +667,12 @@ fn methods(config: &RouteConfig, goal: &Goal) -> Result<Vec<Method>, Broken> {
         } = goal
     {
         return Ok(vec![Method::POST]);
+    }
+    if let (Goal::Counter { by, .. }, true) = (goal, config.methods.is_empty()) {
+        return Ok(match by {
+            Some(_) => vec![Method::POST],
+            None => vec![Method::GET, Method::HEAD],
+        });
     }
     let parse = |(place, text): (usize, &String)| {
         let upper = text.bytes().all(|byte| byte.is_ascii_uppercase());

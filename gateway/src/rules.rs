@@ -29,7 +29,7 @@ use crate::validate::{ValidateConfig, Validation};
 pub struct RuleSet {
     limits: Limits,
     ways: Ways,
-    /// Of the public contract for objects.
+    /// Of the public contract for objects and counters.
     contract: Arc<Rules>,
     /// By the index of the route.
     routes: Vec<Arc<Rules>>,
@@ -130,7 +130,7 @@ impl RuleSet {
 
     pub fn of(&self, found: Found) -> &Arc<Rules> {
         match found {
-            Found::Objects | Found::Rpc => &self.contract,
+            Found::Objects | Found::Rpc | Found::Counters => &self.contract,
             Found::Route { index, .. } => &self.routes[index],
         }
     }

@@ -32,6 +32,8 @@ use crate::access_log::OpenError;
 use crate::cache::Cache;
 use crate::cache::peers::Peer;
 use crate::config::Config;
+use crate::counters::Counters;
+use crate::counters::plans::Plans;
 use crate::downstream::certificates::{Certificates, Resolver};
 use crate::downstream::{self, Doors, PATIENCE, Unwrap, acceptor, listen};
 use crate::hot::Hot;
@@ -120,6 +122,7 @@ impl Gateway {
             runtime: tokio::runtime::Handle::current(),
         };
         let dynamic = Dynamic::new(config, None, &metrics, &link).await?;
+        let plans = Plans::new(metrics.counters());
         let shared = Arc::new(Shared {
             colo: link.colo,
             token: link.token.clone(),
@@ -131,6 +134,7 @@ impl Gateway {
             relieved: AtomicBool::new(false),
             metrics,
             hot_objects: Hot::default(),
+            plans,
         });
         let peers = follow_peers(config, &shared)?;
         let certificates = Certificates::new(&config.certificates);
@@ -287,6 +291,7 @@ impl Gateway {
         let dynamic = self.shared.dynamic.load();
         dynamic.rules.publish();
         self.shared.cache.publish();
+        self.shared.plans.publish();
         dynamic
             .upstreams
             .values()
@@ -454,8 +459,9 @@ impl Thread {
     async fn run(self) {
         let requests = &self.shared.requests;
         let count = self.shared.metrics.links.clone();
-        let links = Links::new(self.shared.token.clone(), requests, count);
-        let proxy = Proxy(Arc::clone(&self.shared), links);
+        let links = Arc::new(Links::new(self.shared.token.clone(), requests, count));
+        let counters = Counters::new(Arc::clone(&self.shared), Arc::clone(&links));
+        let proxy = Proxy(Arc::clone(&self.shared), links, Arc::new(counters));
         let mut proxy = HttpProxy::new(proxy, Arc::clone(&self.conf));
         proxy.handle_init_modules();
         let proxy = Arc::new(proxy);

@@ -9,8 +9,10 @@
 //! | `GET /backup/{n}` | the worker of that number: all its objects, one after the other |
 //! | `GET /advisor` | every worker; what they have seen is added up and judged |
 //! | `GET /hot`, of a gateway `GET /hot/nodes` | every worker; the hottest objects of all |
+//! | `/counters`, and what is below | coordinators: see [`counters`] |
 //! | anything else below `/objects/{id}` and `/alarms/{id}` | the owner |
 
+mod counters;
 mod gather;
 
 use std::cmp::Ordering;
@@ -64,6 +66,9 @@ struct Listed {
 struct Listing {
     objects: Vec<Listed>,
 }
+
+/// Rows, and the cursor after them if there may be more.
+type Rows = (Vec<Json>, Option<String>);
 
 /// What matters here of a listing's parameters; the workers check them.
 #[derive(Default, Deserialize)]
@@ -119,7 +124,7 @@ impl Front {
         let first = path.split('/').nth(1);
         matches!(
             first,
-            Some("objects" | "alarms" | "backup" | "advisor" | "hot")
+            Some("objects" | "alarms" | "backup" | "counters" | "advisor" | "hot")
         )
     }
 
@@ -137,11 +142,11 @@ impl Front {
             .ok_or_else(|| Problem::unavailable("no node has told this gateway its ring yet"))?;
         let path = request.uri().path().to_owned();
         let mut parts = path.split('/').skip(2);
-        if path.split('/').nth(1) == Some("backup") {
-            return self.backup(ring, parts.next(), &request).await;
-        }
-        if matches!(path.split('/').nth(1), Some("advisor" | "hot")) {
-            return self.gathered(ring, &request).await;
+        match path.split('/').nth(1) {
+            Some("backup") => return self.backup(ring, parts.next(), &request).await,
+            Some("counters") => return self.counters(ring, request).await,
+            Some("advisor" | "hot") => return self.gathered(ring, &request).await,
+            _ => {}
         }
         let Some(id) = parts.next() else {
             if request.method() != Method::GET {
@@ -209,6 +214,14 @@ impl Front {
     }
 
     async fn list(&self, ring: &Ring, uri: &Uri) -> Result<Page, Problem> {
+        Ok(match self.rows(ring, uri).await? {
+            Ok((objects, next)) => json(&json!({ "objects": objects, "next": next })),
+            Err(refused) => refused,
+        })
+    }
+
+    /// A page of all workers' rows, and where the next one begins; or what a worker says instead.
+    async fn rows(&self, ring: &Ring, uri: &Uri) -> Result<Result<Rows, Page>, Problem> {
         let query = uri.query().unwrap_or("");
         let parameters: ListParameters = serde_urlencoded::from_str(query)
             .map_err(|error| Problem::bad_request(format!("parameters {query:?}: {error}")))?;
@@ -220,7 +233,7 @@ impl Front {
             match page {
                 Ok(listed) => rows.extend(listed),
                 // It says what is wrong with the parameters.
-                Err(refused) => return Ok(refused),
+                Err(refused) => return Ok(Err(refused)),
             }
         }
         rows.sort_by(|left, right| compare(&left.rank, &right.rank));
@@ -233,7 +246,7 @@ impl Front {
             .then(|| rows.last().map(|last| last.cursor.clone()))
             .flatten();
         let objects: Vec<Json> = rows.into_iter().map(|row| row.object).collect();
-        Ok(json(&json!({ "objects": objects, "next": next })))
+        Ok(Ok((objects, next)))
     }
 
     /// The workers that this stands before.

@@ -7,6 +7,7 @@ mod backup;
 mod bench;
 mod bucket;
 mod command_line;
+mod counters;
 mod crash;
 mod fsck;
 mod limits;

@@ -75,6 +75,7 @@ fn every_command_gives_what_the_readme_shows() {
             .current_dir(dir.path())
             .env("PATH", &path)
             .env("DORMOUSE_ADMIN", &process.admin)
+            .env("DORMOUSE_TARGET", &process.url)
             .output()
             .unwrap();
         let text = String::from_utf8(output.stdout).unwrap().replace('\r', "");

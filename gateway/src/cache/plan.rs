@@ -58,7 +58,7 @@ impl Plans {
     pub fn of(&self, found: Found) -> Option<&Arc<Plan>> {
         match found {
             Found::Objects => self.objects.as_ref(),
-            Found::Rpc => None,
+            Found::Rpc | Found::Counters => None,
             Found::Route { index, .. } => self.routes.get(index)?.as_ref(),
         }
     }
@@ -154,7 +154,7 @@ impl Plan {
                 }
             }
             Target::App { path_and_query, .. } => ("", path_and_query.as_deref().unwrap_or("")),
-            Target::Redirect { .. } | Target::Respond(_) => return None,
+            Target::Counter(_) | Target::Redirect { .. } | Target::Respond(_) => return None,
         };
         // A key of one's own says what of the path counts; else all of it does.
         let place = match self.key {

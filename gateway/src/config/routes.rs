@@ -9,7 +9,7 @@ use crate::cache::config::RouteCacheConfig;
 use crate::cors::CorsConfig;
 use crate::validate::ValidateConfig;
 
-/// One route. Exactly one of `upstream`, `object`, `rpc`, `redirect` and `respond` says where to.
+/// One route. Exactly one of `upstream`, `object`, `rpc`, `counter`, `redirect` and `respond` says where to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RouteConfig {
@@ -23,7 +23,7 @@ pub struct RouteConfig {
     /// Only requests without TLS (`http`), or only those with it (`https`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scheme: Option<Scheme>,
-    /// Only these methods. Empty: any, but for `rpc` only POST.
+    /// Only these methods. Empty: any, but for `rpc` only POST, and for `counter` what it is for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub methods: Vec<String>,
     /// Only requests with these headers; the value `*` is any value.
@@ -39,6 +39,8 @@ pub struct RouteConfig {
     pub object: Option<ObjectRouteConfig>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rpc: Option<RpcRouteConfig>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub counter: Option<CounterRouteConfig>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub redirect: Option<RedirectConfig>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -99,6 +101,20 @@ pub struct RpcRouteConfig {
     pub method: String,
     #[serde(default)]
     pub scope: Scope,
+}
+
+/// `counter`: an increment of a sharded counter, or its value.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CounterRouteConfig {
+    /// A template of the counter's name.
+    pub name: String,
+    /// A template of what is added. Absent: 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
+    /// Its value is read instead.
+    #[serde(default)]
+    pub read: bool,
 }
 
 /// Where the objects of a name live.

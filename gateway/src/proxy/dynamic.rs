@@ -11,6 +11,7 @@ use crate::cache::plan::Plans;
 use crate::client::ClientRules;
 use crate::config::Config;
 use crate::cors;
+use crate::counters::config::CountersConfig;
 use crate::limit::shared::Link;
 use crate::metrics::Metrics;
 use crate::route::{Fixed, Route, Routes};
@@ -28,6 +29,7 @@ pub struct Dynamic {
     pub(super) of_route: Vec<Option<Arc<Upstream>>>,
     pub rules: RuleSet,
     pub plans: Plans,
+    pub counters: CountersConfig,
 }
 
 impl Dynamic {
@@ -56,6 +58,7 @@ impl Dynamic {
             plans: Plans::new(config, &routes).map_err(ConfigError::from)?,
             of_route: routes.iter().map(upstream).collect(),
             access_log: AccessLog::open(&config.access_log, metrics.access_log_dropped.clone())?,
+            counters: config.counters.clone(),
             routes,
             client,
             upstreams,

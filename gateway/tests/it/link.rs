@@ -17,11 +17,11 @@ use crate::support::{
 };
 
 /// A worker's end of a link.
-struct Worker(TcpStream);
+pub(crate) struct Worker(TcpStream);
 
 impl Worker {
     /// Takes the next connection and shakes hands.
-    fn accept(listener: &TcpListener, verdict: Verdict) -> Self {
+    pub(crate) fn accept(listener: &TcpListener, verdict: Verdict) -> Self {
         let (mut stream, _) = listener.accept().unwrap();
         let patience = Some(Duration::from_secs(20));
         stream.set_read_timeout(patience).unwrap();
@@ -51,18 +51,31 @@ impl Worker {
     /// The stream of the next request.
     #[track_caller]
     fn request(&mut self) -> u32 {
-        let (header, _) = self.read().expect("the link closed");
-        assert_eq!(header.kind, Kind::Request);
-        header.stream
+        self.asked().0
     }
 
-    fn send(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+    /// The stream of the next request, and the frame's payload.
+    #[track_caller]
+    pub(crate) fn asked(&mut self) -> (u32, Vec<u8>) {
+        let (header, payload) = self.read().expect("the link closed");
+        assert_eq!(header.kind, Kind::Request);
+        (header.stream, payload)
+    }
+
+    /// Takes the word that nobody waits for a request any more.
+    #[track_caller]
+    pub(crate) fn cancelled(&mut self) {
+        let (header, _) = self.read().expect("the link closed");
+        assert_eq!(header.kind, Kind::Cancel);
+    }
+
+    pub(crate) fn send(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
         let mut frames = Vec::new();
         write(&mut frames);
         self.0.write_all(&frames).unwrap();
     }
 
-    fn answer(&mut self, stream: u32, body: &str) {
+    pub(crate) fn answer(&mut self, stream: u32, body: &str) {
         self.send(|out| head(out, stream, true, body.as_bytes()));
     }
 }
@@ -92,7 +105,7 @@ fn before_listener() -> (Front, TcpListener) {
     (Front::start(runtime(), &config(), ring), listener)
 }
 
-fn client(front: &Front) -> TcpStream {
+pub(crate) fn client(front: &Front) -> TcpStream {
     let client = TcpStream::connect(front.gateway.address()).unwrap();
     let patience = Some(Duration::from_secs(20));
     client.set_read_timeout(patience).unwrap();

@@ -5,6 +5,7 @@
 mod answers;
 mod apps;
 mod cache;
+mod counters;
 mod downstream;
 mod examples;
 mod guards;

@@ -129,7 +129,7 @@ impl Scripted {
         self.script.lock().unwrap().extend(acts);
     }
 
-    /// What to do with all requests for this path, outside of the script.
+    /// What to do with all requests for this path, or all calls of this method, outside of the script.
     pub(crate) fn answer(&self, path: &str, act: fn() -> Act) {
         self.answers.lock().unwrap().push((path.to_owned(), act));
     }
@@ -155,10 +155,13 @@ impl Scripted {
         std::mem::take(&mut self.seen.lock().unwrap())
     }
 
-    fn pop_act(&self, path: &str) -> Act {
+    fn pop_act(&self, path: &str, headers: &http::HeaderMap) -> Act {
+        let method = headers.get(headers::METHOD);
         let fixed = {
             let answers = self.answers.lock().unwrap();
-            let fixed = answers.iter().find(|(known, _)| known == path);
+            let fixed = answers
+                .iter()
+                .find(|(known, _)| known == path || method.is_some_and(|method| method == known));
             fixed.map(|(_, act)| act())
         };
         fixed
@@ -169,7 +172,7 @@ impl Scripted {
     /// Remembers a request that came whole; what to do with it.
     pub(crate) fn next_act(&self, seen: Seen) -> Act {
         self.count.fetch_add(1, Ordering::Relaxed);
-        let act = self.pop_act(&seen.uri);
+        let act = self.pop_act(&seen.uri, &seen.headers);
         self.seen.lock().unwrap().push(seen);
         act
     }
@@ -181,7 +184,7 @@ impl Scripted {
             return Ok(Response::new(full(Full::new(body.into()))));
         }
         self.count.fetch_add(1, Ordering::Relaxed);
-        let act = self.pop_act(request.uri().path());
+        let act = self.pop_act(request.uri().path(), request.headers());
         let (head, body) = request.into_parts();
         let mut seen = Seen {
             method: head.method.to_string(),
