@@ -248,6 +248,8 @@ fn use_the_rest(url: &str, round: u64) {
     let get = |path: &str| request(&agent(), "GET", &format!("{url}{path}"), "").unwrap();
     assert_eq!(get("/app").0, 200);
     assert_eq!(get("/cached").0, 200);
+    let counted = format!("{url}/counters/hits/increment?by=2");
+    assert_eq!(request(&agent(), "POST", &counted, "").unwrap().0, 200);
     let sharded = format!("{url}/sharded?userId={round}");
     assert_eq!(request(&agent(), "POST", &sharded, "").unwrap().0, 200);
     let queue = format!("Queue/q-{}", round % 3);
