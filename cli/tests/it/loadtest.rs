@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 
-use crate::support::{Process, dormouse};
+use crate::support::{Process, agent, dormouse, request};
 
 #[test]
 fn a_load_test_verifies_what_it_counted() {
@@ -296,8 +296,8 @@ fn a_sweep_over_shards_writes_table_and_plots() {
         assert_eq!(point["rounds"].as_array().unwrap().len(), 2);
     }
     let listed = process.admin.clone() + "/objects?class=Counter&limit=100";
-    let agent = crate::support::agent();
-    let (_, objects) = crate::support::request(&agent, "GET", &listed, "").unwrap();
+    let agent = agent();
+    let (_, objects) = request(&agent, "GET", &listed, "").unwrap();
     assert!(objects.contains(":shard:7\""), "{objects}");
     let table = std::fs::read_to_string(out.join("sweep.md")).unwrap();
     assert!(
@@ -350,4 +350,50 @@ fn a_fault_of_nobody_is_refused() {
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("the processes are node, gateway"), "{said}");
+}
+
+#[test]
+fn sharded_counters_are_loaded_and_swept_and_every_total_is_exact() {
+    let dir = tempfile::tempdir().unwrap();
+    let process = Process::dev(dir.path());
+    let run = |args: &[&str]| {
+        let output = dormouse()
+            .arg("loadtest")
+            .args(args)
+            .args(["--scenario", "counter", "--target", &process.url])
+            .args(["--admin", &process.admin, "--json"])
+            .args(["--duration", "0.5", "--warmup", "0.1", "--connections", "4"])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    let loaded = ["run", "--rate", "100", "--objects", "2", "--shards", "7"];
+    let report = run(&[&loaded[..], &["--prefix", "mine"]].concat());
+    let verification = &report["verification"];
+    assert!(report["acknowledged"].as_u64().unwrap() > 20, "{report}");
+    assert_eq!(
+        verification["found"], verification["acknowledged"],
+        "{report}"
+    );
+    assert_eq!(verification["objects"], 2);
+    let url = format!("{}/counters/mine-1?exact=true", process.url);
+    let (_, body) = request(&agent(), "GET", &url, "").unwrap();
+    assert!(body.contains("\"shards\":7,"), "{body}");
+    let sweep = run(&["sweep", "--over", "shards", "--values", "1,12"]);
+    let points = sweep["points"].as_array().unwrap();
+    assert_eq!(points.len(), 2);
+    assert!(
+        points
+            .iter()
+            .all(|point| point["verified"].as_u64().unwrap() > 10),
+        "{sweep}"
+    );
+    // Without an admin listener nobody could change them.
+    let refused = dormouse()
+        .args(["loadtest", "run", "--scenario", "counter", "--shards", "7"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("--shards wants --admin"), "{said}");
 }
