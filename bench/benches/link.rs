@@ -29,6 +29,7 @@ fn links(criterion: &mut Criterion) {
     let routed = Routed {
         id: ObjectId::named(&class, Home::Global, &name),
         epoch: 1,
+        timeout_ms: None,
         trace: TraceParent {
             trace: 1,
             span: 2,

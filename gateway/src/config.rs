@@ -22,12 +22,15 @@ use crate::downstream::certificates::Certificates;
 use crate::limit::config::LimitConfig;
 use crate::route::{Route, Routes};
 use crate::rules::RuleSet;
+use crate::shed::SheddingConfig;
 use crate::upstream::Upstream;
 use crate::validate::ValidateConfig;
 
+mod connections;
 mod routes;
 mod upstreams;
 
+pub use connections::ConnectionsConfig;
 pub use routes::{
     CounterRouteConfig, ObjectRouteConfig, RedirectConfig, RespondConfig, RouteConfig,
     RpcRouteConfig, Scheme, Scope, ShardConfig, ShardHash,
@@ -65,6 +68,7 @@ pub struct Config {
     pub admin_token: String,
     /// Workers to learn the ring from: any one of each node that is likely to be up.
     pub nodes: Vec<String>,
+    pub connections: ConnectionsConfig,
     pub requests: RequestsConfig,
     pub retry: RetryConfig,
     /// Names what the routes' `upstream` may be.
@@ -99,6 +103,7 @@ impl Default for Config {
             token: String::new(),
             admin_token: String::new(),
             nodes: vec!["127.0.0.1:7100".to_owned()],
+            connections: ConnectionsConfig::default(),
             requests: RequestsConfig::default(),
             retry: RetryConfig::default(),
             upstreams: BTreeMap::new(),
@@ -127,6 +132,9 @@ pub struct RequestsConfig {
     /// Silence while a worker or an upstream owes bytes, before `timed_out`.
     #[serde(with = "humantime_serde")]
     pub silence_max: Duration,
+    /// Longest that a request may take to its answer's end; clients may ask for less. 0: any time.
+    #[serde(with = "humantime_serde")]
+    pub deadline_max: Duration,
     /// Idle connections to workers and upstreams are closed after this time.
     #[serde(with = "humantime_serde")]
     pub idle_max: Duration,
@@ -142,6 +150,7 @@ impl Default for RequestsConfig {
             body_bytes_max: 1 << 30,
             connect_max: Duration::from_secs(1),
             silence_max: Duration::from_secs(60),
+            deadline_max: Duration::ZERO,
             idle_max: Duration::from_secs(60),
             idle_connections_max: 1024,
             links: true,
@@ -216,7 +225,7 @@ pub struct ClientConfig {
 }
 
 /// `[objects]`: the public contract for objects.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ObjectsConfig {
     /// Classes of which each colo has objects of its own under `/objects` and `/rpc`.
@@ -232,6 +241,9 @@ pub struct ObjectsConfig {
     pub cors: Option<CorsConfig>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<RouteCacheConfig>,
+    /// Present: fewer requests go to objects at once when they become slow.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shedding: Option<SheddingConfig>,
 }
 
 /// Keys that a running gateway reads again.
@@ -270,6 +282,12 @@ impl Config {
                 "must be at least 10ms",
             );
             return Err(broken.under("retry").into());
+        }
+        let connections = self.connections.check();
+        connections.map_err(|broken| broken.under("connections"))?;
+        if let Some(shedding) = &self.objects.shedding {
+            let checked = shedding.check();
+            checked.map_err(|broken| broken.under("shedding").under("objects"))?;
         }
         for (name, upstream) in &self.upstreams {
             let checked = Upstream::check(upstream);

@@ -260,7 +260,10 @@ pub(crate) fn may_have_run(problem: &Problem) -> bool {
         | ErrorCode::Forbidden
         | ErrorCode::NotFound
         | ErrorCode::MethodNotAllowed
+        | ErrorCode::TooSlow
         | ErrorCode::PayloadTooLarge
+        | ErrorCode::UriTooLong
+        | ErrorCode::HeadersTooLarge
         | ErrorCode::NotOwner
         | ErrorCode::RateLimited
         | ErrorCode::Overloaded

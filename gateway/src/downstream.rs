@@ -2,12 +2,14 @@
 
 pub mod certificates;
 mod coalesce;
+pub mod crowd;
+pub(crate) mod head;
 mod preface;
 mod prior;
 
 use std::cell::Cell;
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,8 +17,9 @@ use std::task::Poll;
 use std::time::Duration;
 
 use ops::Causes;
-use pingora_core::apps::ServerApp;
+use pingora_core::apps::{HttpServerOptions, ServerApp};
 use pingora_core::listeners::tls::{Acceptor, TlsSettings};
+use pingora_core::protocols::http::v2::server::{H2Options, default_h2_options};
 use pingora_core::protocols::l4::stream::Stream;
 use pingora_core::protocols::tls::server::handshake;
 use pingora_core::protocols::{GetSocketDigest, SocketDigest, Stream as AnyStream};
@@ -27,10 +30,13 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use crate::metrics::Metrics;
+use crate::config::ConnectionsConfig;
+use crate::metrics::{Cut, Metrics};
 use crate::proxy::{Proxy, Shared};
 use certificates::Resolver;
 use coalesce::Coalesced;
+use crowd::Place;
+use head::HeadWatch;
 use preface::{PrefaceError, is_http_2, take_proxy_header};
 use prior::PriorKnowledge;
 
@@ -39,9 +45,6 @@ const BACKLOG: i32 = 4096;
 
 /// After an accept failed, most likely for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// How long a client may be silent before its first request.
-const BEGIN_MAX: Duration = Duration::from_secs(60);
 
 /// How long a PROXY header and a TLS handshake may take.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
@@ -73,6 +76,17 @@ pub fn acceptor(resolver: Resolver, http_2: bool) -> Arc<Acceptor> {
         settings.enable_h2();
     }
     Arc::new(settings.build())
+}
+
+/// Bounds of HTTP/2 connections. What is a flood in HTTP/2 alone is bounded by the crate `h2`: streams that are
+/// reset before they are answered, CONTINUATION frames, and answers to PING and SETTINGS that nobody reads.
+pub fn http_2(config: &ConnectionsConfig) -> (Option<H2Options>, Option<HttpServerOptions>) {
+    let mut streams = default_h2_options();
+    streams.max_header_list_size(config.head_bytes_max);
+    streams.max_concurrent_streams(config.streams_max.get());
+    let mut connections = HttpServerOptions::default();
+    connections.h2_idle_timeout = Some(config.idle_max);
+    (Some(streams), Some(connections))
 }
 
 /// Sockets on one port, at least one per thread. Those that were taken over are all among them: closing one
@@ -205,6 +219,8 @@ enum BeginError {
     Preface(#[from] PrefaceError),
     #[error("{0} is not among client.trusted_proxies")]
     Stranger(SocketAddr),
+    #[error("{0} has as many connections as it may")]
+    Client(IpAddr),
     #[error("it took longer than {HANDSHAKE_MAX:?}")]
     Slow,
     #[error("TLS handshake")]
@@ -216,8 +232,14 @@ impl Connection {
         let shared = Arc::clone(&self.shared);
         let peer = self.peer;
         let _open = OpenConnection::count(&shared.metrics);
+        let Some(mut place) = shared.crowd.enter() else {
+            shared.metrics.cut(Cut::Crowd).increment(1);
+            debug!(%peer, "connection refused: there are connections.open_max already");
+            return;
+        };
+        let begin_max = shared.connections.idle_max;
         let begun = tokio::select! {
-            begun = tokio::time::timeout(BEGIN_MAX, self.begin()) => begun,
+            begun = tokio::time::timeout(begin_max, self.begin(&mut place)) => begun,
             // Nothing was asked, and nothing will be.
             () = stopped(stop.clone(), &shared) => return,
         };
@@ -237,7 +259,7 @@ impl Connection {
     }
 
     /// Takes off what is around the requests.
-    async fn begin(mut self) -> Result<AnyStream, BeginError> {
+    async fn begin(mut self, place: &mut Place) -> Result<AnyStream, BeginError> {
         if let Err(error) = self.stream.set_nodelay(true) {
             warn!(%error, "TCP_NODELAY");
         }
@@ -251,6 +273,12 @@ impl Connection {
                 client = named;
             }
         }
+        // A proxy has many clients behind it.
+        let trusted = self.shared.dynamic.load().client.trusts(client.ip());
+        if !trusted && !place.is_for(client.ip()) {
+            self.shared.metrics.cut(Cut::Client).increment(1);
+            return Err(BeginError::Client(client.ip()));
+        }
         let tls = self.unwrap.tls.filter(|_| self.secure);
         let prior = tls.is_none() && self.unwrap.http_2;
         let http_2 = prior && is_http_2(&self.stream).await.map_err(PrefaceError::from)?;
@@ -259,14 +287,16 @@ impl Connection {
         drop(digest.peer_addr.set(Some(client.into())));
         let mut stream = Stream::from(self.stream);
         stream.set_socket_digest(digest);
+        let watch = HeadWatch::new(&self.shared.connections, &self.shared.metrics);
         Ok(match tls {
             Some(acceptor) => {
                 let secured = tokio::time::timeout(HANDSHAKE_MAX, handshake(&acceptor, stream));
                 let secured = secured.await.map_err(|_| BeginError::Slow)?;
-                Box::new(Coalesced::new(Box::new(secured.map_err(BeginError::Tls)?)))
+                let secured = secured.map_err(BeginError::Tls)?;
+                Box::new(Coalesced::new(Box::new(secured), watch))
             }
             None if http_2 => Box::new(PriorKnowledge(stream)),
-            None => Box::new(Coalesced::new(Box::new(stream))),
+            None => Box::new(Coalesced::new(Box::new(stream), watch)),
         })
     }
 }

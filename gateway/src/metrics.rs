@@ -47,6 +47,7 @@ pub struct Metrics {
     pub connections: Gauge,
     pub connections_total: Counter,
     pub connections_refused: Counter,
+    cuts: [Counter; Cut::ALL.len()],
     pub retries: Counter,
     pub access_log_dropped: Counter,
     pub not_owner: Counter,
@@ -105,6 +106,48 @@ impl CounterMetrics {
     }
 }
 
+/// Why a client's connection or request was ended by a bound of `[connections]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// `open_max`
+    Crowd,
+    /// `per_client_max`
+    Client,
+    /// `head_max`
+    HeadSlow,
+    /// `head_bytes_max`, while the head arrived.
+    HeadLarge,
+    /// `body_bytes_per_second_min`
+    BodySlow,
+}
+
+impl Cut {
+    const ALL: [Self; 5] = [
+        Self::Crowd,
+        Self::Client,
+        Self::HeadSlow,
+        Self::HeadLarge,
+        Self::BodySlow,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Crowd => "open_max",
+            Self::Client => "per_client_max",
+            Self::HeadSlow => "head_max",
+            Self::HeadLarge => "head_bytes_max",
+            Self::BodySlow => "body_bytes_per_second_min",
+        }
+    }
+}
+
+/// What is counted of the load shedding before one target.
+pub struct ShedMetrics {
+    pub limit: Gauge,
+    pub in_flight: Gauge,
+    pub shed: Counter,
+}
+
 /// What is counted of one limit.
 pub struct LimitMetrics {
     pub passed: Counter,
@@ -132,6 +175,8 @@ impl Metrics {
                 connections: gauge!("gateway_connections"),
                 connections_total: counter!("gateway_connections_total"),
                 connections_refused: counter!("gateway_connections_refused_total"),
+                cuts: Cut::ALL
+                    .map(|cut| counter!("gateway_connections_cut_total", "rule" => cut.name())),
                 retries: counter!("gateway_retries_total"),
                 access_log_dropped: counter!("gateway_access_log_dropped_total"),
                 not_owner: counter!("gateway_not_owner_total"),
@@ -165,6 +210,20 @@ impl Metrics {
         };
         handles.total.increment(1);
         handles.seconds.record(took.as_secs_f64());
+    }
+
+    pub fn cut(&self, cut: Cut) -> &Counter {
+        &self.cuts[cut as usize]
+    }
+
+    /// What is counted of the load shedding before a target, by its place in the config.
+    pub fn shed(&self, target: &str) -> ShedMetrics {
+        let target = target.to_owned();
+        self.registry.register(|| ShedMetrics {
+            limit: gauge!("gateway_concurrency_limit", "target" => target.clone()),
+            in_flight: gauge!("gateway_concurrency_in_flight", "target" => target.clone()),
+            shed: counter!("gateway_shed_total", "target" => target),
+        })
     }
 
     pub fn upstream(&self, name: &str) -> UpstreamMetrics {
@@ -332,6 +391,22 @@ fn describe() {
         "From the arrival of a request's head to the end of its response"
     );
     describe_gauge!("gateway_connections", "Client connections open");
+    describe_counter!(
+        "gateway_connections_cut_total",
+        "Connections and requests of clients that were ended because they broke a rule of [connections], by rule"
+    );
+    describe_gauge!(
+        "gateway_concurrency_limit",
+        "Requests that may be under way at a target whose load is shed, until the heads of their answers"
+    );
+    describe_gauge!(
+        "gateway_concurrency_in_flight",
+        "Requests that are under way there"
+    );
+    describe_counter!(
+        "gateway_shed_total",
+        "Requests refused because as many were under way at their target as it answers without delay"
+    );
     describe_gauge!("gateway_upstream_servers", "Servers of an upstream");
     describe_gauge!(
         "gateway_upstream_servers_available",

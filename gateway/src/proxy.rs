@@ -2,6 +2,7 @@
 //! it.
 
 mod answers;
+mod bounds;
 mod cached;
 mod counted;
 mod dynamic;
@@ -12,6 +13,7 @@ mod logged;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -33,11 +35,14 @@ use tracing::debug;
 
 use crate::asked::{Asked, Params};
 use crate::cache::{Cache, policy};
-use crate::config::{RequestsConfig, RetryConfig};
+use crate::config::{ConnectionsConfig, RequestsConfig, RetryConfig};
 use crate::cors::Grant;
 use crate::counters::Counters;
 use crate::counters::ask::CounterAsk;
 use crate::counters::plans::Plans;
+use crate::deadline;
+use crate::downstream::crowd::Crowd;
+use crate::downstream::head::Phase;
 use crate::hot::Hot;
 use crate::limit;
 use crate::link::Links;
@@ -47,9 +52,11 @@ use crate::refusal::Refusal;
 use crate::retry::{self, Failure};
 use crate::route::{Ask, Finish, Found, ObjectTarget, Target};
 use crate::rules::{Admission, Creation};
+use crate::shed::Slot;
 use crate::upstream::server::Outcome;
 use crate::upstream::{Choice, Upstream};
 use answers::{Answer, compress, receive_rest, refuse, secure_headers, tell_browser};
+use bounds::{BODY_TOO_SLOW, DEADLINE_OVER, check_head};
 use cached::Cached;
 pub use dynamic::Dynamic;
 use heads::{
@@ -67,6 +74,8 @@ const BAD_STATUS: ErrorType = ErrorType::Custom("bad_status");
 pub struct Shared {
     pub colo: Colo,
     pub token: Option<HeaderValue>,
+    pub connections: ConnectionsConfig,
+    pub crowd: Arc<Crowd>,
     pub requests: RequestsConfig,
     pub retry: RetryConfig,
     pub placement: Arc<Placement>,
@@ -108,6 +117,10 @@ pub struct Request {
     failure: Option<Failure>,
     refused: Option<ErrorCode>,
     body_bytes: u64,
+    /// Afterwards nobody waits for its answer.
+    deadline: Option<Instant>,
+    /// At its target, until that begins to answer.
+    slot: Option<Slot>,
 }
 
 impl Request {
@@ -165,6 +178,7 @@ impl Proxy {
             return Err(self.too_large().into());
         }
         require_one_host(head)?;
+        check_head(head, &self.0.connections)?;
         let dynamic = self.0.dynamic.load();
         let mut asked = self.asked(session, &dynamic);
         if let Some(answer) = dynamic.preflight(&asked) {
@@ -184,6 +198,7 @@ impl Proxy {
         };
         request.label = label;
         request.colo = asked.colo;
+        self.find_deadline(session, request)?;
         let rules = dynamic.rules.of(found);
         request.grant = rules.grant(asked.headers);
         request.admission = rules.check(&asked, announced)?;
@@ -286,10 +301,8 @@ impl Proxy {
     /// The problem of a request that did not arrive as it should.
     fn client_fault(&self, error: &Error) -> Problem {
         match error.etype() {
-            ErrorType::ReadTimedout | ErrorType::WriteTimedout => Problem::new(
-                ErrorCode::TimedOut,
-                "the client stopped sending its request; whatever it asked for did not get all of it",
-            ),
+            ErrorType::ReadTimedout | ErrorType::WriteTimedout => self.too_slow(),
+            kind if *kind == BODY_TOO_SLOW => self.too_slow(),
             kind => Problem::bad_request(format!(
                 "the request is not valid HTTP: {}",
                 error
@@ -306,6 +319,9 @@ impl Proxy {
             return self.client_fault(error);
         }
         let nothing_ran = matches!(request.failure, Some(Failure::NotSent | Failure::NotOwner));
+        if let Some(problem) = request.overdue_problem(nothing_ran) {
+            return problem;
+        }
         let harmless = nothing_ran || method.is_safe();
         let unavailable = |detail: String| match harmless {
             true => Problem::unavailable(detail),
@@ -316,6 +332,7 @@ impl Proxy {
                 Some(max) => crate::validate::too_large(max),
                 None => self.too_large(),
             },
+            kind if *kind == BODY_TOO_SLOW => self.too_slow(),
             kind if *kind == NOT_OWNER => {
                 unavailable("the shard of this object is moving between workers".to_owned())
             }
@@ -414,12 +431,18 @@ impl ProxyHttp for Proxy {
             failure: None,
             refused: None,
             body_bytes: 0,
+            deadline: None,
+            slot: None,
         }
     }
 
     async fn request_filter(&self, session: &mut Session, request: &mut Request) -> Result<bool> {
         // A client may send its next request before the answer (RFC 9112, 9.3.2).
         session.downstream_session.set_pipelining_enabled(true);
+        if session.subrequest_ctx.is_none() {
+            Phase::set(session, true);
+            self.bound_client(session);
+        }
         let given = session
             .req_header()
             .headers
@@ -461,9 +484,26 @@ impl ProxyHttp for Proxy {
         }
     }
 
+    /// Not before this, because an answer out of a cache needs no slot.
+    async fn proxy_upstream_filter(
+        &self,
+        session: &mut Session,
+        request: &mut Request,
+    ) -> Result<bool> {
+        request.cached.asked_at(self.0.cache.moment());
+        match self.take_slot(request) {
+            Ok(()) => Ok(true),
+            Err(problem) => {
+                receive_rest(session).await;
+                refuse(session, request, &problem.into()).await?;
+                Ok(false)
+            }
+        }
+    }
+
     async fn request_body_filter(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         body: &mut Option<Bytes>,
         _end_of_stream: bool,
         request: &mut Request,
@@ -473,7 +513,7 @@ impl ProxyHttp for Proxy {
         if request.body_bytes > request.body_bytes_max.map_or(max, |own| own.min(max)) {
             return Err(Error::new(BODY_TOO_LARGE));
         }
-        Ok(())
+        self.check_pace(session, request)
     }
 
     fn request_cache_filter(&self, session: &mut Session, request: &mut Request) -> Result<()> {
@@ -485,15 +525,6 @@ impl ProxyHttp for Proxy {
 
     fn cache_key_callback(&self, _session: &Session, request: &mut Request) -> Result<CacheKey> {
         request.cached.key()
-    }
-
-    async fn proxy_upstream_filter(
-        &self,
-        _session: &mut Session,
-        request: &mut Request,
-    ) -> Result<bool> {
-        request.cached.asked_at(self.0.cache.moment());
-        Ok(true)
     }
 
     fn response_cache_filter(
@@ -550,6 +581,7 @@ impl ProxyHttp for Proxy {
                 peer.options.read_timeout = Some(self.0.requests.silence_max);
                 peer.options.write_timeout = Some(self.0.requests.silence_max);
                 peer.options.idle_timeout = Some(self.0.requests.idle_max);
+                request.bound_peer(&mut peer.options);
                 Ok(Box::new(peer))
             }
             Some(Aim::App(app)) => {
@@ -565,6 +597,7 @@ impl ProxyHttp for Proxy {
                     // HTTP/2 has no such upgrade.
                     peer.options.alpn = ALPN::H1;
                 }
+                request.bound_peer(&mut peer.options);
                 Ok(Box::new(peer))
             }
             Some(Aim::Counter(_) | Aim::Here(_)) | None => {
@@ -601,6 +634,10 @@ impl ProxyHttp for Proxy {
                     head.set_uri(uri(path)?);
                 }
                 forwarded(session, head)?;
+                if let Some(deadline) = request.deadline {
+                    let left = deadline::write(deadline::left(deadline));
+                    head.insert_header(deadline::TIMEOUT, left)?;
+                }
                 match app.upstream.host() {
                     Some(host) => head.insert_header(HOST, host),
                     None => Ok(()),
@@ -633,6 +670,19 @@ impl ProxyHttp for Proxy {
         tell_browser(response, &request.grant)
     }
 
+    fn response_body_filter(
+        &self,
+        _session: &mut Session,
+        _body: &mut Option<Bytes>,
+        _end_of_stream: bool,
+        request: &mut Request,
+    ) -> Result<Option<Duration>> {
+        match request.is_overdue() {
+            false => Ok(None),
+            true => Err(Error::new(DEADLINE_OVER)),
+        }
+    }
+
     async fn upstream_response_filter(
         &self,
         session: &mut Session,
@@ -653,11 +703,13 @@ impl ProxyHttp for Proxy {
                 request.failure = Some(Failure::Status);
                 return Err(Error::new_up(BAD_STATUS));
             }
+            request.answered(status);
             return Ok(());
         }
         let created = response.remove_header(&headers::NEW_OBJECT).is_some();
         let Some(code) = response.headers.get(headers::ERROR) else {
             request.settle_creation(created);
+            request.answered(response.status.as_u16());
             return Ok(());
         };
         let code: Option<ErrorCode> = code.to_str().ok().and_then(|code| code.parse().ok());
@@ -671,6 +723,7 @@ impl ProxyHttp for Proxy {
             return Err(Error::new(TOKEN_REFUSED));
         }
         request.settle_creation(created);
+        request.answered(response.status.as_u16());
         request.refused = code;
         Ok(())
     }
@@ -683,7 +736,10 @@ impl ProxyHttp for Proxy {
         mut error: Box<Error>,
     ) -> Box<Error> {
         request.failure = Some(Failure::NotSent);
-        if let Some(Aim::App(app)) = &request.aim {
+        // How little time a client has says nothing of the server.
+        if let Some(Aim::App(app)) = &request.aim
+            && !request.is_overdue()
+        {
             app.report(Outcome::Failure);
         }
         error.set_retry(self.tries_again(session, request, Failure::NotSent));
@@ -712,8 +768,12 @@ impl ProxyHttp for Proxy {
         if let Some(Aim::App(app)) = &request.aim
             && matches!(failure, Failure::Sent | Failure::Silent)
             && *error.esource() == ErrorSource::Upstream
+            && !request.is_overdue()
         {
             app.report(Outcome::Failure);
+        }
+        if failure == Failure::Silent && !again {
+            request.gave_up();
         }
         error.set_retry(again);
         error
@@ -770,6 +830,7 @@ impl ProxyHttp for Proxy {
             self.0.metrics.cache.refreshes.increment(1);
             return;
         }
+        Phase::set(session, false);
         request
             .cached
             .count(session, &self.0.metrics, &request.label);
@@ -810,6 +871,10 @@ impl Proxy {
         head.insert_header(headers::EPOCH, HeaderValue::from(owner.epoch.0.get()))?;
         head.insert_header(headers::COLO, request.colo.as_str())?;
         head.insert_header(headers::REQUEST, request.id.as_str())?;
+        if let Some(deadline) = request.deadline {
+            let left_ms = deadline::left(deadline).as_millis().max(1);
+            head.insert_header(headers::TIMEOUT, left_ms.to_string())?;
+        }
         if let Some(token) = &self.0.token {
             head.insert_header(headers::TOKEN, token.clone())?;
         }
@@ -847,8 +912,13 @@ impl Proxy {
     /// Whether the request is to be sent again after this failure; for apps, it is then paid for.
     fn tries_again(&self, session: &Session, request: &Request, failure: Failure) -> bool {
         let method = &session.req_header().method;
-        let possible =
-            !session.as_ref().retry_buffer_truncated() && session.response_written().is_none();
+        let pause = match &request.aim {
+            Some(Aim::App(_)) => Duration::ZERO,
+            _ => retry::pause(&self.0.retry, request.tries).unwrap_or_default(),
+        };
+        let possible = request.has_time_for(pause)
+            && !session.as_ref().retry_buffer_truncated()
+            && session.response_written().is_none();
         match &request.aim {
             Some(Aim::App(app)) => {
                 possible

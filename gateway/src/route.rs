@@ -10,6 +10,7 @@ pub mod pattern;
 use std::cmp::Reverse;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use ops::config::Broken;
@@ -129,11 +130,13 @@ pub struct Route {
     pub finish: Finish,
 }
 
-/// What a route does to answers.
+/// What a route does to requests and answers on their way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Finish {
     pub compress: bool,
     pub security_headers: bool,
+    /// Instead of `requests.deadline_max`.
+    pub deadline_max: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -354,6 +357,7 @@ impl Route {
             finish: Finish {
                 compress: config.compress,
                 security_headers: config.security_headers,
+                deadline_max: config.deadline_max,
             },
             sharding,
             path,

@@ -35,6 +35,7 @@ use crate::config::Config;
 use crate::counters::Counters;
 use crate::counters::plans::Plans;
 use crate::downstream::certificates::{Certificates, Resolver};
+use crate::downstream::crowd::Crowd;
 use crate::downstream::{self, Doors, PATIENCE, Unwrap, acceptor, listen};
 use crate::hot::Hot;
 use crate::limit::shared::Link;
@@ -126,6 +127,8 @@ impl Gateway {
         let shared = Arc::new(Shared {
             colo: link.colo,
             token: link.token.clone(),
+            connections: config.connections.clone(),
+            crowd: Crowd::new(&config.connections),
             requests: config.requests.clone(),
             retry: config.retry.clone(),
             placement: Arc::clone(&link.placement),
@@ -292,6 +295,9 @@ impl Gateway {
         dynamic.rules.publish();
         self.shared.cache.publish();
         self.shared.plans.publish();
+        if let Some(shedder) = &dynamic.objects {
+            shedder.measure();
+        }
         dynamic
             .upstreams
             .values()
@@ -464,6 +470,7 @@ impl Thread {
         let proxy = Proxy(Arc::clone(&self.shared), links, Arc::new(counters));
         let mut proxy = HttpProxy::new(proxy, Arc::clone(&self.conf));
         proxy.handle_init_modules();
+        (proxy.h2_options, proxy.server_options) = downstream::http_2(&self.shared.connections);
         let proxy = Arc::new(proxy);
         let doors = match Doors::new(self.plain, self.tls) {
             Ok(doors) => doors,

@@ -28,6 +28,7 @@ use tracing::{info, warn};
 use crate::asked::Asked;
 use crate::config::{Balance, Config, HttpVersion, RequestsConfig, UpstreamConfig};
 use crate::metrics::{Metrics, UpstreamMetrics};
+use crate::shed::Shedder;
 use crate::template::Template;
 use balance::Servers;
 use health::Prober;
@@ -48,6 +49,7 @@ pub struct Upstream {
     compiled: Compiled,
     servers: ArcSwap<Servers>,
     budget: Budget,
+    shedder: Option<Arc<Shedder>>,
     metrics: UpstreamMetrics,
     /// What looks after the servers; ends with this.
     keepers: OnceLock<JoinSet<()>>,
@@ -142,6 +144,10 @@ impl Upstream {
             name: name.into(),
             servers: ArcSwap::from_pointee(Servers::new(servers, config.balance)),
             budget: Budget::new(config.retry.budget, config.retry.reserve),
+            shedder: config.shedding.as_ref().map(|shedding| {
+                let target = format!("upstreams.{name}");
+                Shedder::new(name, shedding, metrics.shed(&target))
+            }),
             metrics: metrics.upstream(name),
             config: config.clone(),
             requests: requests.clone(),
@@ -166,6 +172,11 @@ impl Upstream {
 
     pub fn config(&self) -> &UpstreamConfig {
         &self.config
+    }
+
+    /// Who decides how many requests may be under way, if anybody does.
+    pub fn shedder(&self) -> Option<&Arc<Shedder>> {
+        self.shedder.as_ref()
     }
 
     /// The `Host` that servers see, if not the client's.
@@ -212,6 +223,9 @@ impl Upstream {
             .count();
         self.metrics.available.set(available as f64);
         self.metrics.servers.set(servers.list.len() as f64);
+        if let Some(shedder) = &self.shedder {
+            shedder.measure();
+        }
     }
 
     /// A request came. Retries of it, and of others, live from this.
@@ -412,6 +426,11 @@ impl Compiled {
                     broken
                 });
             }
+        }
+        if let Some(shedding) = &config.shedding {
+            shedding
+                .check()
+                .map_err(|broken| broken.under("shedding"))?;
         }
         if !(1..=TRIES_MAX).contains(&config.retry.tries_max) {
             let rule = format!("must be from 1 to {TRIES_MAX}");

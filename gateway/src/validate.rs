@@ -124,9 +124,10 @@ impl Validation {
     pub fn check(&self, asked: &Asked<'_>, announced: Option<u64>) -> Result<(), Problem> {
         let uri = asked.path.len() + asked.query.map_or(0, |query| query.len() + 1);
         if let Some(max) = self.uri_bytes_max.filter(|max| uri > *max as usize) {
-            return Err(Problem::bad_request(format!(
-                "path and query have {uri} bytes, more than {max}"
-            )));
+            return Err(Problem::new(
+                ErrorCode::UriTooLong,
+                format!("path and query have {uri} bytes, more than {max}"),
+            ));
         }
         if let Some(max) = self.header_bytes_max {
             let bytes: usize = asked
@@ -135,9 +136,10 @@ impl Validation {
                 .map(|(name, value)| name.as_str().len() + value.len())
                 .sum();
             if bytes > max as usize {
-                return Err(Problem::bad_request(format!(
-                    "the headers have {bytes} bytes, more than {max}"
-                )));
+                return Err(Problem::new(
+                    ErrorCode::HeadersTooLarge,
+                    format!("the headers have {bytes} bytes, more than {max}"),
+                ));
             }
         }
         if let Some(max) = self.body_bytes_max.filter(|max| announced > Some(*max)) {

@@ -16,11 +16,15 @@ pub enum ErrorCode {
     Forbidden,
     NotFound,
     MethodNotAllowed,
+    /// The client took too long to send its request.
+    TooSlow,
     PayloadTooLarge,
+    UriTooLong,
     /// Another worker owns the shard. Nothing ran. Never reaches clients: the gateway refreshes its
     /// ring and sends the request again.
     NotOwner,
     RateLimited,
+    HeadersTooLarge,
     /// Class code panicked or ran past its limits. The object restarts from its last durable commit;
     /// whether this request had an effect is unknown to its caller.
     ObjectReset,
@@ -36,15 +40,18 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 17] = [
         Self::BadRequest,
         Self::Unauthorized,
         Self::Forbidden,
         Self::NotFound,
         Self::MethodNotAllowed,
+        Self::TooSlow,
         Self::PayloadTooLarge,
+        Self::UriTooLong,
         Self::NotOwner,
         Self::RateLimited,
+        Self::HeadersTooLarge,
         Self::ObjectReset,
         Self::Internal,
         Self::Overloaded,
@@ -61,9 +68,12 @@ impl ErrorCode {
             Self::Forbidden => "forbidden",
             Self::NotFound => "not_found",
             Self::MethodNotAllowed => "method_not_allowed",
+            Self::TooSlow => "too_slow",
             Self::PayloadTooLarge => "payload_too_large",
+            Self::UriTooLong => "uri_too_long",
             Self::NotOwner => "not_owner",
             Self::RateLimited => "rate_limited",
+            Self::HeadersTooLarge => "headers_too_large",
             Self::ObjectReset => "object_reset",
             Self::Internal => "internal",
             Self::Overloaded => "overloaded",
@@ -80,9 +90,12 @@ impl ErrorCode {
             Self::Forbidden => StatusCode::FORBIDDEN,
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::PayloadTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::UriTooLong => StatusCode::URI_TOO_LONG,
             Self::NotOwner => StatusCode::MISDIRECTED_REQUEST,
             Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
+            Self::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::ObjectReset | Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Overloaded | Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Self::TimedOut => StatusCode::GATEWAY_TIMEOUT,
@@ -98,9 +111,12 @@ impl ErrorCode {
             Self::Forbidden => "these credentials do not allow it",
             Self::NotFound => "there is no such thing",
             Self::MethodNotAllowed => "this method is not offered here",
+            Self::TooSlow => "the request took too long to arrive",
             Self::PayloadTooLarge => "the body is larger than allowed",
+            Self::UriTooLong => "the URI is longer than allowed",
             Self::NotOwner => "another worker owns the shard",
             Self::RateLimited => "too many requests",
+            Self::HeadersTooLarge => "the headers are larger than allowed",
             Self::ObjectReset => "the object was reset",
             Self::Internal => "the request failed",
             Self::Overloaded => "too much work is waiting",
@@ -120,7 +136,10 @@ impl ErrorCode {
             | Self::Forbidden
             | Self::NotFound
             | Self::MethodNotAllowed
+            | Self::TooSlow
             | Self::PayloadTooLarge
+            | Self::UriTooLong
+            | Self::HeadersTooLarge
             | Self::ObjectReset
             | Self::Internal
             | Self::Unavailable
@@ -184,9 +203,12 @@ mod tests {
                 "forbidden 403",
                 "not_found 404",
                 "method_not_allowed 405",
+                "too_slow 408",
                 "payload_too_large 413",
+                "uri_too_long 414",
                 "not_owner 421",
                 "rate_limited 429",
+                "headers_too_large 431",
                 "object_reset 500",
                 "internal 500",
                 "overloaded 503",

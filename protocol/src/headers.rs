@@ -26,6 +26,9 @@ pub const EPOCH: HeaderName = HeaderName::from_static("dormouse-epoch");
 pub const COLO: HeaderName = HeaderName::from_static("dormouse-colo");
 /// The request id, 16 hex digits; logs and problem documents repeat it.
 pub const REQUEST: HeaderName = HeaderName::from_static("dormouse-request");
+/// Milliseconds after which nobody waits for the answer any more; absent: no such time. A relative time, so
+/// that no two clocks need agree.
+pub const TIMEOUT: HeaderName = HeaderName::from_static("dormouse-timeout");
 /// Present on RPC calls: the method's name. Absent: the request is the object's `fetch`.
 pub const METHOD: HeaderName = HeaderName::from_static("dormouse-method");
 /// Present when a client asks for a new unique id: the worker answers for the class alone.
@@ -88,8 +91,8 @@ mod tests {
     #[test]
     fn every_header_has_the_prefix_that_gateways_remove() {
         for header in [
-            CLASS, OBJECT, NAME, SHARD, EPOCH, COLO, REQUEST, METHOD, CREATE, OPERATOR, INTERNAL,
-            NEW_OBJECT, TOKEN, ERROR,
+            CLASS, OBJECT, NAME, SHARD, EPOCH, COLO, REQUEST, TIMEOUT, METHOD, CREATE, OPERATOR,
+            INTERNAL, NEW_OBJECT, TOKEN, ERROR,
         ] {
             assert!(header.as_str().starts_with(PREFIX));
         }

@@ -157,12 +157,23 @@ impl Host {
     /// # Errors
     /// `overloaded` when the mailbox, or the memory for awake objects, is full. Nothing ran.
     pub async fn deliver(&self, address: &Address, event: Event) -> Answer {
+        self.deliver_by(address, event, None).await
+    }
+
+    /// The same; an event that has not begun when `deadline` is over never does.
+    pub async fn deliver_by(
+        &self,
+        address: &Address,
+        event: Event,
+        deadline: Option<Instant>,
+    ) -> Answer {
         let object = self.activate(address)?;
         let (reply, answer) = oneshot::channel();
         let letter = Letter {
             event,
             reply,
             arrived: Instant::now(),
+            deadline,
         };
         let pushed = object.mailbox.borrow_mut().push(letter);
         if let Err(problem) = pushed {
@@ -668,10 +679,9 @@ impl Host {
     fn answer_overdue(&self, object: &Object, now: Instant) {
         loop {
             let mut mailbox = object.mailbox.borrow_mut();
-            let Some(letter) = mailbox.pop_overdue(now) else {
+            let Some((letter, problem)) = mailbox.pop_overdue(now) else {
                 return;
             };
-            let problem = mailbox.overdue_problem();
             drop(mailbox);
             self.waiting.set(self.waiting.get() - 1);
             object.usage.wait(-1);

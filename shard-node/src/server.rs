@@ -7,6 +7,7 @@
 use std::convert::Infallible;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{ALLOW, CONTENT_TYPE, LOCATION, RETRY_AFTER};
@@ -97,9 +98,10 @@ impl Server {
             None => false,
             Some(wish) => self.may_be_new(&address, &wish)?,
         };
+        let deadline = read_deadline(request.headers_mut())?;
         let mut response = match request.headers_mut().remove(headers::METHOD) {
-            None => self.fetch(&address, request).await,
-            Some(method) => self.read_call(&address, &method, request).await,
+            None => self.fetch(&address, request, deadline).await,
+            Some(method) => self.read_call(&address, &method, request, deadline).await,
         }?;
         if watched && self.exists(&address)? {
             let yes = HeaderValue::from_static("1");
@@ -113,6 +115,7 @@ impl Server {
         address: &Address,
         method: &HeaderValue,
         request: Request<Body>,
+        deadline: Option<Instant>,
     ) -> Result<Response<Body>, Problem> {
         let method = method
             .to_str()
@@ -125,7 +128,7 @@ impl Server {
                 remote: false,
                 ..error.problem()
             })?;
-        self.call(address, method, &body).await
+        self.call(address, method, &body, deadline).await
     }
 
     async fn answer_linked(
@@ -141,14 +144,17 @@ impl Server {
             let name = routed.name.map(str::parse::<ObjectName>).transpose();
             name.map_err(|error| bad_header(&headers::NAME, &error))
         })?;
+        let deadline = routed
+            .timeout_ms
+            .and_then(|timeout| after_ms(timeout.get().into()));
         match request.ask {
             Ask::Create => Ok(created(&address)),
             Ask::Call { method } | Ask::Own { method } => {
-                self.call(&address, method, request.body).await
+                self.call(&address, method, request.body, deadline).await
             }
             Ask::Fetch { .. } => {
                 let request = crate::link::to_http(request, address.shard)?;
-                self.fetch(&address, request).await
+                self.fetch(&address, request, deadline).await
             }
         }
     }
@@ -294,9 +300,10 @@ impl Server {
         &self,
         address: &Address,
         request: Request<Body>,
+        deadline: Option<Instant>,
     ) -> Result<Response<Body>, Problem> {
         let event = Event::Fetch(request);
-        match self.host.deliver(address, event).await? {
+        match self.host.deliver_by(address, event, deadline).await? {
             Reply::Response(response) => Ok(clean(response)),
             Reply::Value(value) => Ok(json(StatusCode::OK, value.to_string())),
         }
@@ -307,13 +314,14 @@ impl Server {
         address: &Address,
         method: &str,
         body: &[u8],
+        deadline: Option<Instant>,
     ) -> Result<Response<Body>, Problem> {
         let args = Args::new(method, arguments(body)?);
         let event = Event::Call {
             method: method.into(),
             args,
         };
-        match self.host.deliver(address, event).await? {
+        match self.host.deliver_by(address, event, deadline).await? {
             Reply::Value(value) => Ok(json(StatusCode::OK, value.to_string())),
             Reply::Response(response) => Ok(response),
         }
@@ -401,6 +409,23 @@ fn check_name(class: &Arc<dyn Class>, id: ObjectId, name: &ObjectName) -> Result
     }
 }
 
+/// When nobody waits for the answer any more, if the gateway says so.
+fn read_deadline(headers: &mut HeaderMap) -> Result<Option<Instant>, Problem> {
+    let Some(value) = headers.remove(headers::TIMEOUT) else {
+        return Ok(None);
+    };
+    let text = value.to_str().unwrap_or_default();
+    let timeout_ms = text.parse::<u64>();
+    timeout_ms
+        .map(after_ms)
+        .map_err(|error| bad_header(&headers::TIMEOUT, &error))
+}
+
+/// `None` beyond all time, which is no deadline.
+fn after_ms(timeout_ms: u64) -> Option<Instant> {
+    Instant::now().checked_add(Duration::from_millis(timeout_ms))
+}
+
 fn bad_header(name: &HeaderName, error: &dyn std::fmt::Display) -> Problem {
     Problem::bad_request(format!("{name}: {error}"))
 }
@@ -440,7 +465,7 @@ impl Seen {
         }
     }
 
-    fn log(&self, class: Option<&str>, code: Code, took: std::time::Duration) {
+    fn log(&self, class: Option<&str>, code: Code, took: Duration) {
         if let Some(trace) = &self.trace {
             debug!(
                 request = self.request,

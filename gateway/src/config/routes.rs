@@ -1,6 +1,7 @@
 //! `[[routes]]`: what is matched, and what is done with it.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +55,13 @@ pub struct RouteConfig {
     /// Whether answers, but for those of objects, get the usual headers against attacks in browsers.
     #[serde(default)]
     pub security_headers: bool,
+    /// Instead of `requests.deadline_max`.
+    #[serde(
+        default,
+        with = "humantime_serde",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub deadline_max: Option<Duration>,
     /// Computes `{shard}` for templates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shard: Option<ShardConfig>,

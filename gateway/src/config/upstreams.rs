@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::shed::SheddingConfig;
+
 /// One pool.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -31,6 +33,9 @@ pub struct UpstreamConfig {
     pub health: HealthConfig,
     pub eject: EjectConfig,
     pub retry: UpstreamRetryConfig,
+    /// Present: fewer requests go to it at once when it becomes slow.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shedding: Option<SheddingConfig>,
 }
 
 impl Default for UpstreamConfig {
@@ -49,6 +54,7 @@ impl Default for UpstreamConfig {
             health: HealthConfig::default(),
             eject: EjectConfig::default(),
             retry: UpstreamRetryConfig::default(),
+            shedding: None,
         }
     }
 }

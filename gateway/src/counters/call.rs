@@ -90,6 +90,8 @@ impl Counters {
             request: &call.origin.request,
             trace: call.origin.trace,
             colo: call.origin.colo,
+            // One call may carry the increments of many clients.
+            deadline: None,
         };
         let mut tries = 0;
         loop {

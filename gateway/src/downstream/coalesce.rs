@@ -18,6 +18,8 @@ use pingora_core::protocols::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
+use super::head::HeadWatch;
+
 /// Bytes that wait for a flush at most; what does not fit beside them goes out at once.
 const GATHERED_BYTES_MAX: usize = 8 << 10;
 
@@ -31,11 +33,15 @@ pub(super) struct Coalesced {
     gathered: Vec<u8>,
     /// Of `gathered`, what has left.
     sent: usize,
+    /// None with HTTP/2, whose heads are its own.
+    watch: Option<HeadWatch>,
 }
 
 impl Coalesced {
-    pub(super) fn new(inner: Stream) -> Self {
+    pub(super) fn new(inner: Stream, watch: HeadWatch) -> Self {
+        let http_1 = !matches!(inner.selected_alpn_proto(), Some(ALPN::H2));
         Self {
+            watch: http_1.then_some(watch),
             inner,
             gathered: Vec::new(),
             sent: 0,
@@ -63,7 +69,26 @@ impl AsyncRead for Coalesced {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_read(cx, buffer)
+        let this = &mut *self;
+        let Some(watch) = &mut this.watch else {
+            return Pin::new(&mut this.inner).poll_read(cx, buffer);
+        };
+        let mut answer = watch.before_read();
+        if answer.is_none() {
+            let before = buffer.filled().len();
+            let polled = Pin::new(&mut this.inner).poll_read(cx, buffer);
+            watch.took(buffer.filled().len() - before);
+            answer = polled
+                .is_pending()
+                .then(|| watch.nothing_came(cx))
+                .flatten();
+            if answer.is_none() {
+                return polled;
+            }
+        }
+        // The answer leaves when pingora closes what it takes for ended.
+        this.gathered.extend(answer.into_iter().flatten());
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -142,7 +167,10 @@ impl GetTimingDigest for Coalesced {
 
 impl GetProxyDigest for Coalesced {
     fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
-        self.inner.get_proxy_digest()
+        match &self.watch {
+            Some(watch) => Some(Arc::clone(&watch.digest)),
+            None => self.inner.get_proxy_digest(),
+        }
     }
 }
 
@@ -158,13 +186,17 @@ mod tests {
     use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
+    use crate::config::ConnectionsConfig;
+    use crate::metrics::Metrics;
 
     async fn pair() -> (Coalesced, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap());
         let (client, accepted) = tokio::join!(client, listener.accept());
         let stream = pingora_core::protocols::l4::stream::Stream::from(accepted.unwrap().0);
-        (Coalesced::new(Box::new(stream)), client.unwrap())
+        let metrics = Metrics::new(Arc::default());
+        let watch = HeadWatch::new(&ConnectionsConfig::default(), &metrics);
+        (Coalesced::new(Box::new(stream), watch), client.unwrap())
     }
 
     #[tokio::test]

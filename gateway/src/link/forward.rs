@@ -1,5 +1,6 @@
 //! A request for an object over a link, tried until it has an answer or nothing more may be tried.
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, TE, TRAILER, TRANSFER_ENCODING, UPGRADE};
@@ -7,8 +8,10 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use protocol::link::{self, REQUEST_BODY_BYTES_MAX, Routed};
 use protocol::trace::TraceParent;
 use protocol::{Colo, ErrorCode, Problem, headers};
+use tokio::time::Instant;
 
 use super::{ConnectError, Exchange, ExchangeError, Head, Links, Refused, Way};
+use crate::deadline;
 use crate::placement::Owner;
 use crate::proxy::Shared;
 use crate::retry::{self, Failure};
@@ -23,6 +26,7 @@ pub(crate) struct Errand<'a> {
     pub(crate) request: &'a str,
     pub(crate) trace: TraceParent,
     pub(crate) colo: Colo,
+    pub(crate) deadline: Option<Instant>,
 }
 
 /// What came of it.
@@ -74,7 +78,12 @@ pub(crate) async fn forward(
             Ok(forwarded) => return forwarded,
             Err(Tried { failure, problem }) => {
                 let safe = retry::is_safe(failure, errand.method);
-                let Some(pause) = retry::pause(&shared.retry, *tries).filter(|_| safe) else {
+                let pause = retry::pause(&shared.retry, *tries).filter(|_| safe);
+                let in_time = |pause: &Duration| match errand.deadline {
+                    Some(deadline) => deadline::left(deadline) > *pause,
+                    None => true,
+                };
+                let Some(pause) = pause.filter(in_time) else {
                     return Forwarded::Failed(problem);
                 };
                 try_again_later(shared, pause).await;
@@ -193,12 +202,19 @@ fn failed(error: ExchangeError, shared: &Shared, errand: &Errand<'_>) -> Tried {
     }
 }
 
+/// What is left of a deadline, for the worker. Nothing left is a millisecond: 0 would be no deadline.
+fn timeout_ms(deadline: Instant) -> Option<NonZeroU32> {
+    let left = deadline::left(deadline).as_millis().max(1);
+    NonZeroU32::new(u32::try_from(left).unwrap_or(u32::MAX))
+}
+
 /// Appends the frame of a request.
 fn write(out: &mut Vec<u8>, stream: u32, errand: &Errand<'_>, owner: &Owner) -> bool {
     let target = errand.target;
     let routed = Routed {
         id: target.id,
         epoch: owner.epoch.0.get(),
+        timeout_ms: errand.deadline.and_then(timeout_ms),
         trace: errand.trace,
         colo: errand.colo.as_str(),
         request: errand.request,

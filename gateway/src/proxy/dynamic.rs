@@ -17,6 +17,7 @@ use crate::metrics::Metrics;
 use crate::route::{Fixed, Route, Routes};
 use crate::rules::RuleSet;
 use crate::server::StartError;
+use crate::shed::Shedder;
 use crate::upstream::Upstream;
 
 /// What may change while the gateway runs.
@@ -30,6 +31,8 @@ pub struct Dynamic {
     pub rules: RuleSet,
     pub plans: Plans,
     pub counters: CountersConfig,
+    /// Who decides how many requests for objects may be under way, if anybody does.
+    pub objects: Option<Arc<Shedder>>,
 }
 
 impl Dynamic {
@@ -56,6 +59,7 @@ impl Dynamic {
         Ok(Self {
             rules: rules.map_err(ConfigError::from)?,
             plans: Plans::new(config, &routes).map_err(ConfigError::from)?,
+            objects: shedder(config, before, metrics),
             of_route: routes.iter().map(upstream).collect(),
             access_log: AccessLog::open(&config.access_log, metrics.access_log_dropped.clone())?,
             counters: config.counters.clone(),
@@ -76,4 +80,15 @@ impl Dynamic {
         let found = self.routes.find(&asked).ok()?;
         self.rules.of(found).preflight(asked.headers)
     }
+}
+
+/// What is known of objects stays while its rule does.
+fn shedder(config: &Config, before: Option<&Dynamic>, metrics: &Metrics) -> Option<Arc<Shedder>> {
+    let shedding = config.objects.shedding.as_ref()?;
+    let known = before.and_then(|before| before.objects.as_ref());
+    let same = known.filter(|known| known.config() == shedding);
+    Some(same.map_or_else(
+        || Shedder::new("the objects", shedding, metrics.shed("objects")),
+        Arc::clone,
+    ))
 }

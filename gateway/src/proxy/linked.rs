@@ -6,7 +6,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use pingora_core::{Error, ErrorType, OrErr, Result};
 use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
+use protocol::ErrorCode;
 
+use super::bounds::{DEADLINE_OVER, by};
 use super::{Aim, Proxy, Request, Shared, refuse, tell_browser};
 use crate::link::forward::{Errand, Forwarded, body_bytes, forward};
 use crate::link::{Exchange, Head};
@@ -20,9 +22,9 @@ impl Proxy {
         session: &mut Session,
         request: &mut Request,
     ) -> Result<bool> {
-        let Some(Aim::Object { target, .. }) = &request.aim else {
+        if !matches!(request.aim, Some(Aim::Object { .. })) {
             return Ok(false);
-        };
+        }
         if !matches!(request.creation, Creation::Free) || request.cached.is_keyed() {
             // Links have no words for that; what may be kept goes where pingora keeps it.
             return Ok(false);
@@ -38,15 +40,15 @@ impl Proxy {
         } else if bytes > 0 {
             // If there is no link after all, pingora sends it from there.
             session.downstream_session.enable_retry_buffering();
-            let reading = &mut session.downstream_session;
-            while let Some(part) = reading
-                .read_request_body()
-                .await
-                .map_err(Error::into_down)?
-            {
-                body.extend_from_slice(&part);
-            }
+            body = self.receive_body(session, request).await?;
         }
+        if let Err(problem) = self.take_slot(request) {
+            refuse(session, request, &problem.into()).await?;
+            return Ok(true);
+        }
+        let Some(Aim::Object { target, .. }) = &request.aim else {
+            return Ok(false);
+        };
         let head = session.req_header();
         let method = head.method.clone();
         let headers = match target.ask {
@@ -61,8 +63,10 @@ impl Proxy {
             request: &request.id,
             trace: request.trace,
             colo: request.colo,
+            deadline: request.deadline,
         };
         let forwarding = forward(&self.0, &self.1, &errand, &mut request.tries);
+        let forwarding = by(request.deadline, forwarding);
         let forwarded = tokio::select! {
             biased;
             forwarded = forwarding => forwarded,
@@ -75,12 +79,22 @@ impl Proxy {
                 return Err(error.into_down());
             }
         };
+        let Some(forwarded) = forwarded else {
+            // The exchange was dropped, and with it cancelled.
+            if let Some(problem) = request.overdue_problem(false) {
+                refuse(session, request, &problem.into()).await?;
+            }
+            return Ok(true);
+        };
         match forwarded {
             Forwarded::Http1 => {
                 request.tries = 0;
                 Ok(false)
             }
             Forwarded::Failed(problem) => {
+                if problem.code == ErrorCode::TimedOut {
+                    request.gave_up();
+                }
                 refuse(session, request, &problem.into()).await?;
                 Ok(true)
             }
@@ -90,6 +104,10 @@ impl Proxy {
                 refused,
             } => {
                 request.refused = refused;
+                match refused {
+                    None => request.answered(200),
+                    Some(code) => request.answered(code.status().as_u16()),
+                }
                 pass_answer(&self.0, session, &head, exchange, request).await?;
                 Ok(true)
             }
@@ -133,7 +151,8 @@ async fn pass_answer(
         return session.write_response_body(Some(body), true).await;
     }
     loop {
-        let data = exchange.data().await;
+        let data = by(request.deadline, exchange.data()).await;
+        let data = data.ok_or_else(|| Error::new(DEADLINE_OVER))?;
         match data.or_err(ErrorType::ReadError, "the body of an object")? {
             Some(data) => session.write_response_body(Some(data), false).await?,
             None => return session.write_response_body(None, true).await,

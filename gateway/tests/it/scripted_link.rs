@@ -45,6 +45,9 @@ pub(crate) async fn serve(mut stream: TcpStream, server: Scripted) {
             }
             buffer.advance(HEADER_BYTES);
             let payload = buffer.split_to(header.payload_bytes).freeze();
+            if header.kind == Kind::Cancel {
+                server.note_cancel();
+            }
             if header.kind == Kind::Request {
                 let seen = seen(&Request::read(&payload).unwrap());
                 let (server, writing) = (server.clone(), Arc::clone(&writing));
@@ -103,6 +106,9 @@ fn seen(request: &Request<'_>) -> Seen {
     set(headers::COLO, routed.colo);
     set(headers::REQUEST, routed.request);
     set(headers::TRACEPARENT, &routed.trace.to_string());
+    if let Some(timeout_ms) = routed.timeout_ms {
+        set(headers::TIMEOUT, &timeout_ms.to_string());
+    }
     let (method, uri) = match request.ask {
         Ask::Fetch {
             method,

@@ -71,6 +71,7 @@ pub(crate) struct Scripted {
     answers: Arc<Mutex<Vec<Fixed>>>,
     seen: Arc<Mutex<Vec<Seen>>>,
     count: Arc<AtomicUsize>,
+    cancels: Arc<AtomicUsize>,
     ring: Arc<Mutex<Option<RingDocument>>>,
     /// Whether it speaks links as workers do, or is older.
     links: bool,
@@ -94,6 +95,7 @@ impl Scripted {
             script: Arc::default(),
             answers: Arc::default(),
             count: Arc::default(),
+            cancels: Arc::default(),
             seen: Arc::default(),
             ring: Arc::default(),
             links,
@@ -143,6 +145,15 @@ impl Scripted {
     /// Requests since the start.
     pub(crate) fn count(&self) -> usize {
         self.count.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn note_cancel(&self) {
+        self.cancels.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Requests over links that were cancelled since the start.
+    pub(crate) fn cancels(&self) -> usize {
+        self.cancels.load(Ordering::Relaxed)
     }
 
     /// The ring that this server shows, if it is asked as a node.
@@ -352,6 +363,32 @@ impl Front {
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).unwrap();
         String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// A line of the metrics, now.
+    pub(crate) fn metric(&self, line: &str) -> f64 {
+        let metrics = self.gateway.render_metrics();
+        let found = metrics
+            .lines()
+            .find_map(|found| found.strip_prefix(line)?.strip_prefix(' '));
+        found.map_or(0.0, |value| value.parse().unwrap())
+    }
+
+    pub(crate) fn pause(&self, time: Duration) {
+        self.runtime
+            .block_on(async { tokio::time::sleep(time).await });
+    }
+
+    /// Waits until it is so.
+    #[track_caller]
+    pub(crate) fn until(&self, what: &str, is_so: impl Fn() -> bool) {
+        for _ in 0..4000 {
+            if is_so() {
+                return;
+            }
+            self.pause(Duration::from_millis(5));
+        }
+        panic!("never: {what}");
     }
 
     /// Waits until a line of the metrics has this value: requests are counted after their answer left.

@@ -3,10 +3,12 @@
 //! Texts are a length and their bytes; the length has 1 byte for class, method and colo, 2 for names and
 //! the request id, 4 for paths and values of headers. A body is what follows its head.
 //!
-//! Request: id (32), epoch (8), trace (16), span (8), trace flags (1), colo, request id, class, name
-//! (length 0xffff: none), what is asked (1: fetch, call, create, own call), its method, for a fetch the path with
-//! the query; headers; body. Response: status (2), headers, body. Headers: their count (2), then names and
-//! values in turn.
+//! Request: id (32), epoch (8), timeout in milliseconds (4, 0: none), trace (16), span (8), trace flags (1),
+//! colo, request id, class, name (length 0xffff: none), what is asked (1: fetch, call, create, own call), its
+//! method, for a fetch the path with the query; headers; body.
+//! Response: status (2), headers, body. Headers: their count (2), then names and values in turn.
+
+use std::num::NonZeroU32;
 
 use crate::ids::ObjectId;
 use crate::trace::TraceParent;
@@ -27,6 +29,8 @@ pub struct Routed<'a> {
     pub id: ObjectId,
     /// The version of the ring that the gateway routed by.
     pub epoch: u64,
+    /// Milliseconds after which nobody waits for the answer any more.
+    pub timeout_ms: Option<NonZeroU32>,
     pub trace: TraceParent,
     pub colo: &'a str,
     pub request: &'a str,
@@ -104,6 +108,8 @@ pub fn request<'a>(
         let begin = out.len();
         out.extend_from_slice(routed.id.as_bytes());
         out.extend_from_slice(&routed.epoch.to_le_bytes());
+        let timeout_ms = routed.timeout_ms.map_or(0, NonZeroU32::get);
+        out.extend_from_slice(&timeout_ms.to_le_bytes());
         out.extend_from_slice(&routed.trace.trace.to_le_bytes());
         out.extend_from_slice(&routed.trace.span.to_le_bytes());
         out.push(routed.trace.flags);
@@ -229,6 +235,7 @@ impl<'a> Request<'a> {
         let mut reader = Reader(payload);
         let id = ObjectId::from_bytes(reader.array("id")?).ok_or(LinkFault::Invalid("id"))?;
         let epoch = reader.u64("epoch")?;
+        let timeout_ms = NonZeroU32::new(reader.u32("timeout")?);
         let trace = TraceParent {
             trace: u128::from_le_bytes(reader.array("trace")?),
             span: reader.u64("span")?,
@@ -261,6 +268,7 @@ impl<'a> Request<'a> {
         let routed = Routed {
             id,
             epoch,
+            timeout_ms,
             trace,
             colo,
             request,

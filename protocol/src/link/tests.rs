@@ -13,6 +13,7 @@ fn routed<'a>(name: Option<&'a str>, request: &'a str) -> Routed<'a> {
     Routed {
         id: id(),
         epoch: 7,
+        timeout_ms: std::num::NonZeroU32::new(1500),
         trace: TraceParent {
             trace: 1 << 100,
             span: 2,

@@ -46,6 +46,8 @@ pub(crate) struct Letter {
     pub(crate) event: Event,
     pub(crate) reply: oneshot::Sender<Answer>,
     pub(crate) arrived: Instant,
+    /// Afterwards nobody waits for the answer: it is not worth beginning.
+    pub(crate) deadline: Option<Instant>,
 }
 
 /// Events in the order of their arrival.
@@ -53,6 +55,8 @@ pub(crate) struct Mailbox {
     letters: VecDeque<Letter>,
     capacity: usize,
     wait_max: Duration,
+    /// No letter has a deadline before this one.
+    next_deadline: Option<Instant>,
 }
 
 impl Mailbox {
@@ -61,6 +65,7 @@ impl Mailbox {
             letters: VecDeque::new(),
             capacity: config.capacity.get() as usize,
             wait_max: config.wait_max,
+            next_deadline: None,
         }
     }
 
@@ -75,6 +80,8 @@ impl Mailbox {
                 ),
             ));
         }
+        let deadlines = [self.next_deadline, letter.deadline];
+        self.next_deadline = deadlines.into_iter().flatten().min();
         self.letters.push_back(letter);
         Ok(())
     }
@@ -90,29 +97,47 @@ impl Mailbox {
         self.letters.pop_front()
     }
 
-    /// The next letter that waited for longer than allowed.
-    pub(crate) fn pop_overdue(&mut self, now: Instant) -> Option<Letter> {
-        let overdue = |letter: &Letter| now.duration_since(letter.arrived) > self.wait_max;
-        self.letters
+    /// A letter that waited for longer than it may, and what its sender is told: nothing ran.
+    pub(crate) fn pop_overdue(&mut self, now: Instant) -> Option<(Letter, Problem)> {
+        let waited = |letter: &Letter| now.saturating_duration_since(letter.arrived);
+        if self
+            .letters
             .front()
-            .is_some_and(overdue)
-            .then(|| self.letters.pop_front())?
-    }
-
-    pub(crate) fn overdue_problem(&self) -> Problem {
-        Problem {
-            retryable: true,
-            ..Problem::new(
-                ErrorCode::TimedOut,
-                format!(
-                    "the request waited {:?} for its object and was not started",
-                    self.wait_max
-                ),
-            )
+            .is_some_and(|first| waited(first) > self.wait_max)
+        {
+            let problem = not_started(format!(
+                "the request waited {:?} for its object and was not started",
+                self.wait_max
+            ));
+            return Some((self.letters.pop_front()?, problem));
         }
+        // Seldom true, so seldom searched.
+        if self.next_deadline.is_none_or(|next| next > now) {
+            return None;
+        }
+        let over = |letter: &Letter| letter.deadline.is_some_and(|deadline| deadline <= now);
+        let Some(place) = self.letters.iter().position(over) else {
+            let deadlines = self.letters.iter().filter_map(|letter| letter.deadline);
+            self.next_deadline = deadlines.min();
+            return None;
+        };
+        let letter = self.letters.remove(place)?;
+        let problem = not_started(format!(
+            "the deadline of the request was over after it had waited {:?} for its object; it was not started",
+            waited(&letter)
+        ));
+        Some((letter, problem))
     }
 
     pub(crate) fn is_empty(&self) -> bool {
         self.letters.is_empty()
+    }
+}
+
+/// `timed_out`, where nothing ran.
+fn not_started(detail: String) -> Problem {
+    Problem {
+        retryable: true,
+        ..Problem::new(ErrorCode::TimedOut, detail)
     }
 }

@@ -109,6 +109,7 @@ fn routed<'a>(class: &'a str, name: &'a str) -> Routed<'a> {
             &name.parse().unwrap(),
         ),
         epoch: 1,
+        timeout_ms: None,
         trace: TraceParent {
             trace: 0xabc,
             span: 0xdef,
@@ -184,6 +185,30 @@ fn a_slow_call_holds_up_nobody() {
         call(out, 2, "Probe", "quick", "instance", &json!([]));
     });
     assert_eq!((link.next().stream, link.next().stream), (2, 1));
+}
+
+#[test]
+fn a_request_whose_deadline_is_over_is_answered_before_its_turn() {
+    let node = TestNode::with(|config| config.mailbox.in_flight_max = 1.try_into().unwrap());
+    let mut link = Link::open(&node);
+    link.send(|out| {
+        call(out, 1, "Probe", "a", "wait", &json!([1500]));
+        let hasty = Routed {
+            timeout_ms: std::num::NonZeroU32::new(50),
+            ..routed("Probe", "a")
+        };
+        let ask = Ask::Call { method: "write" };
+        let none = std::iter::empty();
+        assert!(link::request(out, 2, &hasty, &ask, none, b"[\"hasty\"]"));
+        call(out, 3, "Probe", "a", "written", &json!([]));
+    });
+    let late = link.next();
+    assert_eq!((late.stream, late.response().status), (2, 504));
+    assert_eq!(late.header("dormouse-error").as_deref(), Some("timed_out"));
+    assert_eq!(late.json()["retryable"], true, "nothing ran");
+    assert_eq!(link.next().stream, 1);
+    let last = link.next();
+    assert_eq!((last.stream, last.json()), (3, json!(null)));
 }
 
 #[test]

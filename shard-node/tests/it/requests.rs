@@ -279,6 +279,41 @@ fn a_full_mailbox_refuses_and_says_so() {
 }
 
 #[test]
+fn a_request_whose_deadline_is_over_before_its_turn_never_runs() {
+    let node = TestNode::with(|config| config.mailbox.in_flight_max = 1.try_into().unwrap());
+    thread::scope(|scope| {
+        let running = scope.spawn(|| node.call("Probe", "a", "wait", json!([1500])));
+        eventually("it runs", || {
+            node.metric("shard_mailbox_wait_seconds_count") >= 1.0
+        });
+        // One that has time waits before those that have not.
+        let patient = scope.spawn(|| node.call("Probe", "a", "written", json!([])));
+        eventually("it waits", || {
+            node.metric("shard_mailbox_depth{worker=\"0\"}") >= 1.0
+        });
+        let hasty = scope.spawn(|| {
+            let request = node.request("POST", "Probe", "a", "/");
+            let request = request
+                .header(headers::METHOD, "write")
+                .header(headers::TIMEOUT, "100");
+            node.send(request, r#"["hasty"]"#)
+        });
+        let answer = hasty.join().unwrap();
+        assert_eq!((answer.status, answer.code()), (504, "timed_out"));
+        assert_eq!(answer.json()["retryable"], true, "nothing ran");
+        assert!(answer.detail().contains("deadline"), "{}", answer.detail());
+        assert!(!running.is_finished(), "it was answered before its turn");
+        assert_eq!(running.join().unwrap().status, 200);
+        assert_eq!(patient.join().unwrap().json(), json!(null));
+    });
+    let request = node
+        .request("GET", "Probe", "a", "/")
+        .header(headers::TIMEOUT, "soon");
+    let answer = node.send(request, "");
+    assert_eq!((answer.status, answer.code()), (400, "bad_request"));
+}
+
+#[test]
 fn a_request_that_waits_too_long_is_answered() {
     let node = TestNode::with(|config| {
         config.mailbox.wait_max = Duration::from_millis(100);
