@@ -37,6 +37,7 @@ use certificates::Resolver;
 use coalesce::Coalesced;
 use crowd::Place;
 use head::HeadWatch;
+pub(crate) use preface::parse as parse_proxy_header;
 use preface::{PrefaceError, is_http_2, take_proxy_header};
 use prior::PriorKnowledge;
 

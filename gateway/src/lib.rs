@@ -17,6 +17,8 @@ pub mod cors;
 pub mod counters;
 pub mod deadline;
 pub mod downstream;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod hot;
 pub mod limit;
 pub mod link;

@@ -419,6 +419,46 @@ impl Stream {
     }
 }
 
+/// Takes bytes of a worker as a link would that has some streams open, in pieces of some length. Nothing but an
+/// error may come of it.
+pub(crate) fn take_any(bytes: &[u8], piece: usize) {
+    let open = |number| Stream {
+        number,
+        in_use: true,
+        wanted: number % 2 == 0,
+        ..Stream::default()
+    };
+    let mut state = State {
+        unwritten: Vec::new(),
+        streams: (0..4).map(open).collect(),
+        free: Vec::new(),
+        streams_max: 4,
+        begun: 4,
+        handed_over: 2,
+        standing: Standing::Open,
+    };
+    let (mut buffer, mut wakers) = (BytesMut::new(), Vec::new());
+    for piece in bytes.chunks(piece.max(1)) {
+        buffer.extend_from_slice(piece);
+        if state.take_all(&mut buffer, &mut wakers).is_err() {
+            break;
+        }
+    }
+    assert!(
+        state
+            .streams
+            .iter()
+            .all(|stream| stream.held <= 2 * WINDOW_BYTES)
+    );
+    state.end();
+    let open = state.streams.iter().filter(|stream| stream.in_use);
+    assert!(
+        open.clone().all(|stream| stream.ended),
+        "nobody waits for ever"
+    );
+    assert_eq!(open.count() + state.free.len(), state.streams.len());
+}
+
 /// The head of an answer, with the beginning of its body.
 #[derive(Debug)]
 pub struct Head {

@@ -134,7 +134,12 @@ pub fn read<C: DeserializeOwned>(path: &Path) -> Result<C, ConfigError> {
         path: path.to_owned(),
         source,
     })?;
-    toml::from_str(&text).map_err(|source| ConfigError::Parse {
+    parse(&text, path)
+}
+
+/// Reads the text of a TOML file; `path` is for messages only.
+pub fn parse<C: DeserializeOwned>(text: &str, path: &Path) -> Result<C, ConfigError> {
+    toml::from_str(text).map_err(|source| ConfigError::Parse {
         path: path.to_owned(),
         source: Box::new(source),
     })

@@ -24,7 +24,7 @@ const PAUSE: Duration = Duration::from_millis(2);
 
 /// Why the beginning of a connection cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum PrefaceError {
+pub(crate) enum PrefaceError {
     #[error("read")]
     Read(#[from] io::Error),
     #[error("it does not begin with a PROXY header")]
@@ -70,7 +70,7 @@ pub(super) async fn take_proxy_header(
 }
 
 /// Length and client of a header; `None` if it is not complete.
-fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<SocketAddr>)>, PrefaceError> {
+pub(crate) fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<SocketAddr>)>, PrefaceError> {
     use ppp::{HeaderResult, PartialResult, v1, v2};
     // The parser takes half an address of version 1 for a wrong one.
     let start = bytes.len().min(VERSION_1.len());

@@ -5,6 +5,7 @@
 mod answers;
 mod apps;
 mod cache;
+mod corpus;
 mod counters;
 mod crowds;
 mod deadlines;
