@@ -26,11 +26,12 @@ use http::{Request, Response};
 use ops::metrics::Registry;
 use protocol::{ClassName, ErrorCode, ObjectId, ObjectName, Problem};
 pub use serde_json::Value as Json;
+use tokio::sync::oneshot;
 
 pub use crate::alarm::AlarmInfo;
 use crate::clock::Clock;
 use crate::storage::{KvError, STATEMENTS_CACHED, Storage, StorageError};
-use crate::stub::Switchboard;
+use crate::stub::{Place, Switchboard};
 
 /// The code of a class of objects. One value per node, shared by all workers.
 pub trait Class: Send + Sync + 'static {
@@ -209,6 +210,8 @@ struct Inner {
     in_alarm: Cell<bool>,
     /// The way to other objects.
     switchboard: Option<Rc<Switchboard>>,
+    /// Closes when the last call to another object has left.
+    last_call: Cell<Option<oneshot::Receiver<()>>>,
 }
 
 /// An alarm handler under way.
@@ -260,6 +263,7 @@ impl Context {
             alarm_run: Cell::new(None),
             in_alarm: Cell::new(false),
             switchboard,
+            last_call: Cell::default(),
         }))
     }
 
@@ -273,6 +277,12 @@ impl Context {
 
     pub(crate) fn switchboard(&self) -> Option<&Rc<Switchboard>> {
         self.0.switchboard.as_ref()
+    }
+
+    /// The next place among the calls that leave the object.
+    pub(crate) fn take_place(&self) -> Place {
+        let (after, next) = oneshot::channel();
+        Place::new(self.0.last_call.replace(Some(next)), after)
     }
 
     /// Whether the object must be reset before its next turn.

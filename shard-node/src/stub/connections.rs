@@ -1,4 +1,4 @@
-//! Connections of one worker to the others, kept while they are idle.
+//! Connections of one worker to the others, for calls that are too large for a link; kept while they are idle.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -18,7 +18,7 @@ use tracing::debug;
 /// Idle connections that are kept to one worker.
 const IDLE_MAX: usize = 32;
 
-const CONNECT_MAX: Duration = Duration::from_secs(1);
+pub(super) const CONNECT_MAX: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
 pub(super) struct Connections {
@@ -39,6 +39,9 @@ pub(super) enum SendError {
     /// Nothing ran.
     #[error("the worker at {0} cannot be reached")]
     NotSent(String),
+    /// Nothing ran.
+    #[error("too much is under way to the worker at {0}")]
+    Full(String),
     #[error("the connection to the worker at {0} broke; whether the call had an effect is unknown")]
     Broken(String),
 }

@@ -17,6 +17,7 @@ pub(crate) fn all() -> Classes {
         .with(Probe::default())
         .with(Broken::default())
         .with(Rattle::default())
+        .with(crate::relay::Relay::default())
 }
 
 /// Counts its own constructions, waits, panics, echoes.

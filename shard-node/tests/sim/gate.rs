@@ -15,17 +15,22 @@ use http_body_util::BodyExt;
 use http_body_util::StreamBody;
 use hyper::body::Frame;
 use ops::metrics::Registry;
-use protocol::{ClassName, ErrorCode, Home, ObjectId, ObjectName, Problem, ShardId};
+use protocol::ring::{RingDocument, RingNode};
+use protocol::{
+    ClassName, ErrorCode, Home, ObjectId, ObjectName, Problem, Ring, RingVersion, ShardId,
+};
 use serde_json::{Value, json};
 use shard_node::alarms::AlarmsConfig;
 use shard_node::class::{Args, Body, Class, ClassError, Context, Instance, Json, Turn};
 use shard_node::classes::Classes;
 use shard_node::clock::SystemClock;
 use shard_node::config::{MailboxConfig, ObjectsConfig};
+use shard_node::fan_out::{FanOut, Needs};
 use shard_node::host::{Address, Host, HostConfig};
 use shard_node::metrics::Metrics;
 use shard_node::object::mailbox::{Answer, Event, Reply};
 use shard_node::storage::Logged;
+use shard_node::stub::Switchboard;
 use tokio::sync::Notify;
 use tokio::task::{JoinHandle, LocalSet};
 
@@ -66,15 +71,35 @@ fn test(run: impl AsyncFnOnce(Fixture)) {
         );
         tokio::task::spawn_local(Rc::clone(&host).run());
         tokio::task::spawn_local(Rc::clone(&host).follow_log(Arc::clone(&progress)));
+        let classes = Classes::built_in()
+            .with(Ticker::default())
+            .with(Caller::default());
+        let ring = Arc::new(ring());
+        host.set_switchboard(Switchboard::new(&host, classes.clone(), ring, 0, None));
         run(Fixture {
             host,
             engine,
             progress,
             disk,
-            classes: Classes::built_in().with(Ticker::default()),
+            classes,
         })
         .await;
     });
+}
+
+/// One worker, and one shard.
+fn ring() -> Ring {
+    Ring::new(RingDocument {
+        version: RingVersion(1.try_into().unwrap()),
+        shards: 1,
+        nodes: vec![RingNode {
+            name: "sim".to_owned(),
+            weight: 1,
+            colo: None,
+            workers: vec![String::new()],
+        }],
+    })
+    .unwrap()
 }
 
 impl Fixture {
@@ -363,5 +388,131 @@ fn frames_of_a_streamed_body_wait_too() {
             let data = frame.await.unwrap().unwrap().into_data().unwrap();
             assert_eq!(data, format!("tick-{number}").as_bytes());
         }
+    });
+}
+
+/// `Caller`: writes, and calls the counter `target`.
+struct Caller(ClassName);
+
+impl Default for Caller {
+    fn default() -> Self {
+        Self("Caller".parse().unwrap())
+    }
+}
+
+impl Class for Caller {
+    fn name(&self) -> &ClassName {
+        &self.0
+    }
+
+    fn methods(&self) -> &'static [&'static str] {
+        &["call", "gather", "fail"]
+    }
+
+    fn construct(&self, context: Context) -> Result<Rc<dyn Instance>, ClassError> {
+        Ok(Rc::new(Calls { context }))
+    }
+}
+
+struct Calls {
+    context: Context,
+}
+
+impl Calls {
+    async fn call_target(self: Rc<Self>, method: String) -> Result<Json, ClassError> {
+        self.context.storage().kv_put("k", None, b"1")?;
+        let (class, name) = ("Counter".parse().unwrap(), "target".parse().unwrap());
+        let stub = self.context.stub(&class, &name);
+        let mut call = Box::pin(stub.call("increment", Vec::new()));
+        let failed = || Err(ClassError::NotFound("as asked".to_owned()));
+        match method.as_str() {
+            "call" => call.await,
+            "fail" => {
+                // It begins, and goes with its turn.
+                let begun = std::future::poll_fn(|cx| Poll::Ready(call.as_mut().poll(cx))).await;
+                assert!(begun.is_pending());
+                failed()
+            }
+            _ => {
+                // One that has failed at once makes whoever gathers poll the other again, in the same stretch.
+                let calls: [futures_util::future::LocalBoxFuture<'_, _>; 2] =
+                    [call, Box::pin(std::future::ready(failed()))];
+                let fan_out = FanOut {
+                    at_once: 2.try_into().unwrap(),
+                    within: std::time::Duration::from_secs(60),
+                    needs: Needs::AtLeast(1),
+                };
+                fan_out.gather(calls).await?.swap_remove(0)
+            }
+        }
+    }
+}
+
+impl Instance for Calls {
+    fn fetch(self: Rc<Self>, _request: Request<Body>) -> Turn<Response<Body>> {
+        Turn::Done(Err(ClassError::NotFound("no pages".to_owned())))
+    }
+
+    fn call(self: Rc<Self>, method: &str, _args: Args) -> Turn<Json> {
+        Turn::run(self.call_target(method.to_owned()))
+    }
+}
+
+/// What `target` is, as far as it was told.
+async fn target(fixture: &Fixture) -> Json {
+    let read = fixture.call("Counter", "target", "value", json!([]));
+    fixture.turns().await;
+    assert!(read.is_finished(), "it waits for nothing");
+    value(read.await.unwrap())
+}
+
+#[test]
+fn calls_wait_for_the_writes_made_before_them() {
+    for method in ["call", "gather"] {
+        test(async move |fixture| {
+            let called = fixture.call("Caller", "a", method, json!([]));
+            fixture.turns().await;
+            assert_eq!(
+                target(&fixture).await,
+                0,
+                "{method}: its writes are not durable"
+            );
+            // The caller's write, then the counter's.
+            fixture.write_log().await;
+            fixture.write_log().await;
+            assert_eq!(value(called.await.unwrap()), 1, "{method}");
+            assert_eq!(target(&fixture).await, 1);
+        });
+    }
+}
+
+#[test]
+fn a_call_of_a_turn_that_fails_is_not_made() {
+    test(async |fixture| {
+        let called = fixture.call("Caller", "a", "fail", json!([]));
+        fixture.write_log().await;
+        assert_eq!(problem(called.await.unwrap()).code, ErrorCode::NotFound);
+        fixture.write_log().await;
+        assert_eq!(target(&fixture).await, 0);
+    });
+}
+
+#[test]
+fn a_call_is_not_made_if_the_writes_before_it_are_lost() {
+    test(async |fixture| {
+        let called = fixture.call("Caller", "a", "call", json!([]));
+        fixture.turns().await;
+        let now = fixture.disk.operations();
+        let fails = (now..now + 3).map(|at| Fault::Fail(at, io::ErrorKind::Other));
+        fixture.disk.set_faults(fails.collect());
+        fixture.engine.step();
+        fixture.progress.notify_one();
+        fixture.turns().await;
+        assert_eq!(problem(called.await.unwrap()).code, ErrorCode::ObjectReset);
+        fixture.disk.set_faults(Vec::new());
+        for _ in 0..3 {
+            fixture.write_log().await;
+        }
+        assert_eq!(target(&fixture).await, 0);
     });
 }
