@@ -175,6 +175,34 @@ fn what_is_too_large_for_a_link_arrives_too() {
 }
 
 #[test]
+fn a_chain_over_both_nodes_is_one_call_of_its_caller() {
+    let cluster = Cluster::both();
+    let here = &cluster.here;
+    let workers = cluster.workers();
+    let on = |class: &str, name: &str| here.owner(here.id(class, name));
+    let name = (0..).map(|number| format!("d{number}")).find(|name| {
+        // There, here, and on the other worker here.
+        workers[2..].contains(&on("Intake", name))
+            && on("Review", name) == workers[0]
+            && on("Publish", name) == workers[1]
+    });
+    let name = name.unwrap();
+    let answer = here.result("Intake", &name, "pass", json!(["text"]));
+    assert_eq!(answer["document"], "text");
+    let hops: Vec<&str> = answer["hops"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|hop| hop["to"].as_str().unwrap())
+        .collect();
+    assert_eq!(hops, ["Review", "Publish"]);
+    assert_eq!(
+        here.result("Publish", &name, "passed", json!([])),
+        "\"text\""
+    );
+}
+
+#[test]
 fn a_node_that_is_down_is_unavailable_and_serves_again_when_it_is_back() {
     let mut cluster = Cluster::start();
     let (from, to) = (cluster.relay_on(0), cluster.relay_on(2));

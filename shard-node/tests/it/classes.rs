@@ -12,12 +12,16 @@ use shard_node::class::{AlarmInfo, Args, Body, Class, ClassError, Context, Insta
 use shard_node::classes::Classes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+#[path = "../../examples/patterns/classes.rs"]
+mod patterns;
+
 pub(crate) fn all() -> Classes {
-    Classes::built_in()
+    let classes = Classes::built_in()
         .with(Probe::default())
         .with(Broken::default())
         .with(Rattle::default())
-        .with(crate::relay::Relay::default())
+        .with(crate::relay::Relay::default());
+    patterns::added_to(classes)
 }
 
 /// Counts its own constructions, waits, panics, echoes.

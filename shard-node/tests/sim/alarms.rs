@@ -274,7 +274,7 @@ impl Life {
             Arc::clone(&clock) as _,
             metrics,
         );
-        let classes = crate::examples::classes::classes()
+        let classes = crate::patterns::classes::added_to(crate::examples::classes::classes())
             .with(Planner::default())
             .with(Coordinator::default())
             .with(Shard::default())

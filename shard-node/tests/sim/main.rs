@@ -13,6 +13,7 @@ mod examples;
 mod faults;
 mod gate;
 mod node;
+mod patterns;
 mod schedules;
 
 /// Runs a test with so many seeds: random ones, or those from `SIM_SEED` on, to see a failure again.
