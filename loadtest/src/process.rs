@@ -225,7 +225,7 @@ impl Ready {
         self.url.trim_start_matches("http://")
     }
 
-    fn admin_address(&self) -> &str {
+    pub fn admin_address(&self) -> &str {
         self.admin.trim_start_matches("http://")
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use hdrhistogram::Histogram;
+use protocol::link;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -23,6 +24,8 @@ pub(super) enum Protocol {
     Http,
     /// Redis' RESP2; an integer or a bulk string is right.
     Resp,
+    /// A link, as gateways have to workers, here with one request at a time; 200 is right.
+    Link,
 }
 
 pub(super) struct Load {
@@ -163,11 +166,24 @@ impl Connection {
             .await
             .with_context(|| format!("connect to {address}"))?;
         stream.set_nodelay(true)?;
-        Ok(Self {
+        let mut connection = Self {
             stream,
             protocol,
             buffer: Vec::with_capacity(4096),
-        })
+        };
+        if protocol == Protocol::Link {
+            connection.shake_hands().await?;
+        }
+        Ok(connection)
+    }
+
+    async fn shake_hands(&mut self) -> anyhow::Result<()> {
+        self.stream.write_all(&link::Hello::write(b"")?).await?;
+        let mut welcome = [0; link::WELCOME_BYTES];
+        self.stream.read_exact(&mut welcome).await?;
+        let verdict = link::Welcome::read(&welcome)?.verdict;
+        ensure!(verdict == link::Verdict::Accepted, "{verdict:?}");
+        Ok(())
     }
 
     /// Sends a request and returns the body of its answer.
@@ -181,6 +197,7 @@ impl Connection {
             let answer = match self.protocol {
                 Protocol::Http => http(&self.buffer)?,
                 Protocol::Resp => resp(&self.buffer)?,
+                Protocol::Link => link_answer(&self.buffer)?,
             };
             if let Some(body) = answer {
                 break body;
@@ -251,6 +268,31 @@ fn resp(bytes: &[u8]) -> anyhow::Result<Option<Body>> {
     }
 }
 
+/// The same of a link: the frame of a response, which has all of the body.
+fn link_answer(bytes: &[u8]) -> anyhow::Result<Option<Body>> {
+    let Some(header) = link::Header::read(bytes)? else {
+        return Ok(None);
+    };
+    let end = link::HEADER_BYTES + header.payload_bytes;
+    if bytes.len() < end {
+        return Ok(None);
+    }
+    let payload = &bytes[link::HEADER_BYTES..end];
+    ensure!(
+        header.kind == link::Kind::Response && header.end,
+        "a frame of kind {:?}: {}",
+        header.kind,
+        String::from_utf8_lossy(payload)
+    );
+    let response = link::Response::read(payload)?;
+    ensure!(
+        response.status == 200,
+        "{}",
+        String::from_utf8_lossy(response.body)
+    );
+    Ok(Some(end - response.body.len()..end))
+}
+
 fn histogram() -> anyhow::Result<Histogram<u64>> {
     Histogram::new_with_bounds(1, 600_000_000, 3).context("histogram")
 }
@@ -287,6 +329,22 @@ mod tests {
         let chunked = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\n42\r\n0\r\n\r\n";
         assert_eq!(body(chunked), Ok(Some("42")));
         assert!(body("HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n").is_err());
+    }
+
+    #[test]
+    fn answers_of_a_link_are_frames() {
+        let mut frame = Vec::new();
+        let headers = [(&b"content-type"[..], &b"application/json"[..])];
+        link::response(&mut frame, 0, true, 200, headers.into_iter(), b"42");
+        let body = |bytes: &[u8]| {
+            let body = link_answer(bytes).map_err(|error| error.to_string());
+            body.map(|body| body.map(|body| bytes[body].to_vec()))
+        };
+        assert_eq!(body(&frame), Ok(Some(b"42".to_vec())));
+        assert_eq!(body(&frame[..frame.len() - 1]), Ok(None));
+        let mut refused = Vec::new();
+        link::response(&mut refused, 0, true, 503, headers.into_iter(), b"busy");
+        assert_eq!(body(&refused), Err("busy".to_owned()));
     }
 
     #[test]

@@ -6,12 +6,14 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use loadtest::process::{Cluster, ClusterShape, Process, Ready};
 use protocol::ids::Home;
+use protocol::link::{self, Ask, Routed};
+use protocol::trace::TraceParent;
 use protocol::{ClassName, ObjectId, ObjectName, headers};
 
-use super::client::Protocol;
+use super::client::{Protocol, ask};
 use super::server::{Daemon, Needs, Places, Running, free_address};
 
 /// One thing that several programs can do.
@@ -31,6 +33,7 @@ pub(super) struct Contender {
 }
 
 const DORMOUSE: Contender = contender("dormouse, gateway and node", Needs::Nothing, increments);
+const SHARDED: Contender = contender("dormouse, sharded counter", Needs::Nothing, counted);
 const WORKERD: Contender = contender("workerd", Needs::Workerd, workerd_increments);
 
 const fn contender(
@@ -54,11 +57,12 @@ pub(super) fn questions() -> Vec<Question> {
             "durable SQLite increments of one object, over HTTP",
             1,
         ),
-        objects(
-            "increment-sharded",
-            "one logical counter in 100 shard objects, over HTTP",
-            100,
-        ),
+        Question {
+            name: "increment-sharded",
+            what: "one logical counter in 100 shard objects, over HTTP",
+            objects: 100,
+            contenders: vec![SHARDED, WORKERD],
+        },
         objects(
             "increment-many",
             "durable SQLite increments of 1,000 objects, over HTTP",
@@ -110,7 +114,8 @@ pub(super) fn questions() -> Vec<Question> {
 
 fn direct() -> Vec<Contender> {
     vec![
-        contender("dormouse, worker", Needs::Nothing, to_worker),
+        contender("dormouse, worker, over a link", Needs::Nothing, by_link),
+        contender("dormouse, worker, over HTTP", Needs::Nothing, to_worker),
         contender("redis, appendfsync always", Needs::Redis, redis_always),
         contender(
             "redis, appendfsync everysec (may lose a second)",
@@ -167,6 +172,61 @@ fn increments(places: &Places, objects: u32) -> anyhow::Result<Running> {
 
 fn reads(places: &Places, objects: u32) -> anyhow::Result<Running> {
     through_gateway(places, objects, "value")
+}
+
+/// One counter with so many shards, by its own URL.
+fn counted(places: &Places, shards: u32) -> anyhow::Result<Running> {
+    let running = through_gateway(places, 1, "increment")?;
+    let cluster = running.cluster.as_ref();
+    let cluster = cluster.context("it was just started")?;
+    let admin = cluster.gateway_ready.admin_address();
+    let body = format!("{{\"count\":{shards}}}");
+    let length = body.len();
+    let change = format!(
+        "PUT /counters/bench/shards HTTP/1.1\r\nhost: {admin}\r\ncontent-length: {length}\r\n\r\n{body}"
+    );
+    ask(admin.parse()?, Protocol::Http, change.as_bytes())?;
+    Ok(Running {
+        requests: [http("POST", "/counters/bench/increment", "")].into(),
+        reads: vec![http("GET", "/counters/bench?exact=true", "")],
+        ..running
+    })
+}
+
+/// As a gateway speaks to a worker, but with a connection for each request under way.
+fn by_link(places: &Places, objects: u32) -> anyhow::Result<Running> {
+    let class: ClassName = "Counter".parse()?;
+    let call = |number: u32, method: &str| -> anyhow::Result<Vec<u8>> {
+        let name: ObjectName = format!("bench-{number}").parse()?;
+        let routed = Routed {
+            id: ObjectId::named(&class, Home::Global, &name),
+            epoch: 1,
+            trace: TraceParent {
+                trace: 1,
+                span: 1,
+                flags: 0,
+            },
+            colo: "SFO",
+            request: "bench",
+            class: class.as_str(),
+            name: Some(name.as_str()),
+        };
+        let mut frame = Vec::new();
+        let none = std::iter::empty();
+        let fits = link::request(&mut frame, 0, &routed, &Ask::Call { method }, none, b"");
+        ensure!(fits, "a call of {method} does not fit in a frame");
+        Ok(frame)
+    };
+    let all = |method: &str| -> anyhow::Result<Vec<Vec<u8>>> {
+        (0..objects).map(|number| call(number, method)).collect()
+    };
+    let running = to_worker(places, objects)?;
+    Ok(Running {
+        protocol: Protocol::Link,
+        requests: all("increment")?.into(),
+        reads: all("value")?,
+        ..running
+    })
 }
 
 /// As a gateway speaks to a worker, but over HTTP/1.1.
@@ -319,7 +379,7 @@ fn redis(places: &Places, objects: u32, fsync: &str) -> anyhow::Result<Running> 
         .into_bytes()
     };
     for number in 0..objects {
-        super::client::ask(address, Protocol::Resp, &touch(number))?;
+        ask(address, Protocol::Resp, &touch(number))?;
     }
     Ok(Running {
         address,

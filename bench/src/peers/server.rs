@@ -197,14 +197,16 @@ impl Running {
         let mut total = 0;
         for read in &self.reads {
             let value = client::ask(self.address, self.protocol, read)?;
-            let value: u64 = value
-                .trim()
-                .parse()
-                .with_context(|| format!("{value:?} is no count"))?;
-            total += value;
+            total += count(&value).with_context(|| format!("{value:?} is no count"))?;
         }
         Ok(Some(total))
     }
+}
+
+/// A number, or the value of a sharded counter.
+fn count(answer: &str) -> Option<u64> {
+    let answer: serde_json::Value = serde_json::from_str(answer.trim()).ok()?;
+    answer.get("value").unwrap_or(&answer).as_u64()
 }
 
 /// User and system time of a process and its threads (proc(5), /proc/pid/stat, fields 14 and 15).

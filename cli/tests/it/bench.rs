@@ -37,10 +37,11 @@ fn measured_or_skipped(results: &Value, table: usize, program: &str) {
 
 #[test]
 fn increments_are_measured_beside_peers_and_counted() {
-    // One object, and the same in a process that is asked without a gateway.
+    // One object, one counter of many, and an object whose process is asked without a gateway.
     for (only, name, peer) in [
         ("increment-one", "dormouse, gateway and node", "workerd"),
-        ("incr-one", "dormouse, worker", "redis"),
+        ("increment-sharded", "dormouse, sharded counter", "workerd"),
+        ("incr-one", "dormouse, worker, over a link", "redis"),
     ] {
         let results = peers(only);
         assert_eq!(results["tables"].as_array().unwrap().len(), 1, "{results}");
@@ -49,6 +50,9 @@ fn increments_are_measured_beside_peers_and_counted() {
         assert!(dormouse["rps"].as_f64().unwrap() > 10.0, "{results}");
         assert!(dormouse["cpu_us_per_request"].as_f64().unwrap() > 0.0);
         measured_or_skipped(&results, 0, peer);
+        if only == "incr-one" {
+            measured_or_skipped(&results, 0, "dormouse, worker, over HTTP");
+        }
     }
 }
 
