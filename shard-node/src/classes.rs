@@ -56,6 +56,12 @@ impl Classes {
         self.0.iter().any(|class| class.name().as_str() == name)
     }
 
+    /// Whether clients may use one with this name.
+    pub fn offers(&self, name: &str) -> bool {
+        let mut offered = self.0.iter().filter(|class| !class.is_internal());
+        offered.any(|class| class.name().as_str() == name)
+    }
+
     /// All names that clients may use, for the refusal of one that is not among them.
     pub fn names(&self) -> String {
         let offered = self.0.iter().filter(|class| !class.is_internal());

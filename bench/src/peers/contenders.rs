@@ -206,6 +206,7 @@ fn by_link(places: &Places, objects: u32) -> anyhow::Result<Running> {
                 span: 1,
                 flags: 0,
             },
+            timeout_ms: None,
             colo: "SFO",
             request: "bench",
             class: class.as_str(),

@@ -34,6 +34,12 @@ fn the_doctor_says_the_same_everywhere_and_its_exit_code_can_fail_a_pipeline() {
     let node = Process::start(command.arg("--config").arg(config));
     let gateway = Process::start(&mut gateway(&node));
     call(&gateway.url, "Counter/small/increment", &json!([]));
+    // A coordinator asks a hundred shards, as it is made to: no object of a class's is like that.
+    for (method, path) in [("POST", "likes/increment"), ("GET", "likes?exact=true")] {
+        let url = format!("{}/counters/{path}", gateway.url);
+        let (status, body) = request(&agent(), method, &url, "").unwrap();
+        assert_eq!(status, 200, "{body}");
+    }
     let doctor = |args: &[&str]| run(&gateway.admin, &[&["doctor"], args].concat());
     let healthy = doctor(&["--fail-on", "yellow"]);
     assert!(healthy.status.success(), "{healthy:?}");

@@ -61,11 +61,16 @@ impl Operator {
             thresholds: (*self.advisor).clone(),
             ..Seen::default()
         };
+        // How counters and limits are built of objects is nobody's design but ours.
+        let is_judged = |class: &str| self.classes.offers(class);
         self.host
             .metrics()
             .each_class(|usage| seen.classes.push(class_seen(usage)));
+        seen.classes.retain(|seen| is_judged(&seen.class));
         for (id, object) in objects {
-            if let Some((class, name)) = self.called(id) {
+            if let Some((class, name)) = self.called(id)
+                && is_judged(&class)
+            {
                 seen.objects.push(ObjectSeen {
                     class,
                     id: id.to_string(),
