@@ -54,6 +54,13 @@ impl Process {
         Self::start(dev(data_dir).stderr(Stdio::inherit()))
     }
 
+    /// The same at an address of its own (all of 127.0.0.0/8 is this machine): while it is dead, no process of
+    /// another test gets its port, and with that what its clients send.
+    pub(crate) fn dev_at(address: &str, data_dir: &Path) -> Self {
+        let mut command = serving("dev", data_dir, &format!("{address}:0"));
+        Self::start(command.stderr(Stdio::inherit()))
+    }
+
     pub(crate) fn signal(&self, name: &str) {
         let sent = Command::new("kill")
             .args([&format!("-{name}"), &self.child.id().to_string()])
