@@ -7,7 +7,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use async_trait::async_trait;
 use pingora_core::protocols::raw_connect::ProxyDigest;
@@ -60,6 +60,16 @@ impl Coalesced {
         self.gathered.clear();
         self.gathered.shrink_to(KEPT_BYTES_MAX);
         Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for Coalesced {
+    /// pingora drops a connection whose answer broke off without a flush: what was written still leaves, as far as
+    /// the kernel takes it at once.
+    fn drop(&mut self) {
+        if self.sent < self.gathered.len() {
+            drop(self.poll_send(&mut Context::from_waker(Waker::noop())));
+        }
     }
 }
 
