@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, bail};
+use rand::Rng;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -162,19 +163,29 @@ pub struct ClusterShape {
     pub config: Option<PathBuf>,
 }
 
+/// A loopback host that is most likely nobody else's: on Linux, all of 127.0.0.0/8 is this machine.
+///
+/// What listens there on a port that the system chose gets that port again after it was killed: at 127.0.0.1,
+/// any connection or process could have taken it in between.
+pub fn loopback_host() -> String {
+    if cfg!(target_os = "linux") {
+        // Not 127.0.0.0/16, where people have their own.
+        let [a, b, c] =
+            [1..=254, 0..=255, 1..=254].map(|part| rand::rng().random_range::<u8, _>(part));
+        format!("127.{a}.{b}.{c}")
+    } else {
+        "127.0.0.1".to_owned()
+    }
+}
+
 impl Cluster {
     pub fn start(shape: &ClusterShape) -> anyhow::Result<Self> {
         let data = tempfile::tempdir().context("make a directory for data")?;
-        let mut node = Process::own(
-            "node",
-            node(shape, data.path(), "127.0.0.1:0", "127.0.0.1:0")?,
-        );
+        let listen = format!("{}:0", loopback_host());
+        let mut node = Process::own("node", node(shape, data.path(), &listen, &listen)?);
         let node_ready = Ready::parse(&node.start()?)?;
         let workers = node_ready.address().to_owned();
-        let mut gateway = Process::own(
-            "gateway",
-            front(shape, &workers, "127.0.0.1:0", "127.0.0.1:0")?,
-        );
+        let mut gateway = Process::own("gateway", front(shape, &workers, &listen, &listen)?);
         let gateway_ready = Ready::parse(&gateway.start()?)?;
         Ok(Self {
             node,

@@ -1,7 +1,6 @@
 //! Sharded counters with real processes: totals are what clients were told, whatever happens meanwhile.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -9,11 +8,14 @@ use std::sync::{Mutex, RwLock, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use loadtest::process::loopback_host;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
-use crate::support::{Process, agent, dormouse, eventually, gateway, node, node_at, request};
+use crate::support::{
+    Process, agent, dormouse, eventually, free_port, gateway, node, node_at, request,
+};
 
 /// How long the soak lasts, in seconds, if `DORMOUSE_SOAK_SECONDS` does not say otherwise.
 const SOAK_SECONDS: u64 = 8;
@@ -202,16 +204,15 @@ fn keys_count_once_across_reshards_and_gateways() {
     assert_eq!(exact(&gateways[0].url, "orders"), 61 * 7);
 }
 
-/// Ports that nobody uses.
-fn ports<const N: usize>() -> [String; N] {
-    let all = [(); N].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-    all.map(|one| one.local_addr().unwrap().to_string())
+/// An address that nobody uses, dead or alive.
+fn own_address() -> String {
+    format!("{}:7001", loopback_host())
 }
 
 #[test]
 fn shards_of_a_colo_stay_there_and_the_total_is_one() {
     let dir = tempfile::tempdir().unwrap();
-    let addresses = ports::<2>();
+    let addresses = [own_address(), own_address()];
     let ring = format!(
         "[ring]\nnodes = [\n\
          {{ name = 'a', weight = 1, colo = 'SFO', workers = ['{}'] }},\n\
@@ -535,7 +536,7 @@ fn totals_are_what_clients_were_told_whatever_dies() {
 
 /// A node, and two gateways before it.
 fn cluster(data: &Path) -> (Place, Vec<Place>) {
-    let [address] = ports::<1>();
+    let address = own_address();
     let (data, at) = (data.to_owned(), address.clone());
     let node_place =
         Place::new(move || Process::start(node_at(&data, "1", &at).stderr(Stdio::null())));
@@ -546,9 +547,9 @@ fn cluster(data: &Path) -> (Place, Vec<Place>) {
             command.args([
                 "gateway",
                 "--listen",
-                "127.0.0.1:0",
+                &free_port(),
                 "--admin-listen",
-                "127.0.0.1:0",
+                &free_port(),
             ]);
             command.args(["--nodes", &address]).stderr(Stdio::null());
             Process::start(&mut command)

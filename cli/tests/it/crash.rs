@@ -52,7 +52,7 @@ fn nothing_acknowledged_is_lost_by_kill_9() {
     let seed: u64 = rand::rng().random();
     println!("seed {seed}");
     let dir = tempfile::tempdir().unwrap();
-    let first = Process::dev_at("127.0.0.9", dir.path());
+    let first = Process::dev(dir.path());
     let url = Target {
         url: Mutex::new(first.url.clone()),
         changed: Condvar::new(),
@@ -71,7 +71,7 @@ fn nothing_acknowledged_is_lost_by_kill_9() {
             let life = Duration::from_millis(random.random_range(0..LIFE_MS_MAX));
             pause.recv_timeout(life).unwrap_err();
             process.kill();
-            process = Process::dev_at("127.0.0.9", dir.path());
+            process = Process::dev(dir.path());
             url.url.lock().unwrap().clone_from(&process.url);
             url.changed.notify_all();
         }
@@ -265,7 +265,7 @@ fn every_alarm_runs_through_kill_9() {
     println!("seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);
     let dir = tempfile::tempdir().unwrap();
-    let mut process = Process::dev_at("127.0.0.10", dir.path());
+    let mut process = Process::dev(dir.path());
     thread::scope(|scope| {
         for part in 0..4 {
             let url = &process.url;
@@ -291,7 +291,7 @@ fn every_alarm_runs_through_kill_9() {
         let life = Duration::from_millis(random.random_range(50..700));
         pause.recv_timeout(life).unwrap_err();
         process.kill();
-        process = Process::dev_at("127.0.0.10", dir.path());
+        process = Process::dev(dir.path());
     }
     eventually("no alarm is left", || {
         let url = format!("{}/alarms", process.admin);

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use loadtest::process::loopback_host;
 use serde_json::Value;
 
 pub(crate) fn dormouse() -> Command {
@@ -54,13 +55,6 @@ impl Process {
         Self::start(dev(data_dir).stderr(Stdio::inherit()))
     }
 
-    /// The same at an address of its own (all of 127.0.0.0/8 is this machine): while it is dead, no process of
-    /// another test gets its port, and with that what its clients send.
-    pub(crate) fn dev_at(address: &str, data_dir: &Path) -> Self {
-        let mut command = serving("dev", data_dir, &format!("{address}:0"));
-        Self::start(command.stderr(Stdio::inherit()))
-    }
-
     pub(crate) fn signal(&self, name: &str) {
         let sent = Command::new("kill")
             .args([&format!("-{name}"), &self.child.id().to_string()])
@@ -88,14 +82,20 @@ impl Drop for Process {
     }
 }
 
+/// A free port of a host that no other process has: while what listens there is dead, nobody else gets its port,
+/// and with that what its clients send.
+pub(crate) fn free_port() -> String {
+    format!("{}:0", loopback_host())
+}
+
 /// `dormouse dev` on free ports.
 pub(crate) fn dev(data_dir: &Path) -> Command {
-    serving("dev", data_dir, "127.0.0.1:0")
+    serving("dev", data_dir, &free_port())
 }
 
 /// `dormouse node` with some workers on free ports.
 pub(crate) fn node(data_dir: &Path, workers: &str) -> Command {
-    node_at(data_dir, workers, "127.0.0.1:0")
+    node_at(data_dir, workers, &free_port())
 }
 
 pub(crate) fn node_at(data_dir: &Path, workers: &str, listen: &str) -> Command {
@@ -111,9 +111,9 @@ pub(crate) fn gateway(node: &Process) -> Command {
     command.args([
         "gateway",
         "--listen",
-        "127.0.0.1:0",
+        &free_port(),
         "--admin-listen",
-        "127.0.0.1:0",
+        &free_port(),
         "--nodes",
         worker,
     ]);
@@ -128,7 +128,7 @@ fn serving(name: &str, data_dir: &Path, listen: &str) -> Command {
             "--listen",
             listen,
             "--admin-listen",
-            "127.0.0.1:0",
+            &free_port(),
             "--data-dir",
         ])
         .arg(data_dir);

@@ -6,7 +6,7 @@ use std::thread;
 
 use serde_json::{Value, json};
 
-use crate::support::{Process, agent, call, dev, gateway, node, node_at, request};
+use crate::support::{Process, agent, call, dev, free_port, gateway, node, node_at, request};
 
 #[test]
 fn a_thousand_concurrent_increments_end_at_exactly_a_thousand() {
@@ -107,7 +107,7 @@ fn a_gateway_that_dies_takes_only_what_was_in_flight() {
 fn a_gateway_learns_of_a_node_that_comes_back_elsewhere() {
     let dir = tempfile::tempdir().unwrap();
     let start = |listen: &str| Process::start(&mut node_at(dir.path(), "1", listen));
-    let node = start("127.0.0.1:0");
+    let node = start(&free_port());
     let listen = node.url.trim_start_matches("http://").to_owned();
     let gateway = Process::start(&mut gateway(&node));
     assert_eq!(call(&gateway.url, "Counter/a/increment", &json!([])), 1);
