@@ -5,10 +5,13 @@ mod answers;
 mod bounds;
 mod cached;
 mod counted;
+mod direct;
 mod dynamic;
 mod heads;
+mod letter;
 mod linked;
 mod logged;
+mod tries;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,7 +21,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, EXPECT, HOST, SET_COOKIE};
+use http::header::{CONTENT_LENGTH, EXPECT, HOST};
 use http::{HeaderValue, Method};
 use pingora_cache::key::HashBinary;
 use pingora_cache::{CacheKey, CacheMeta, RespCacheable};
@@ -53,15 +56,14 @@ use crate::retry::{self, Failure};
 use crate::route::{Ask, Finish, Found, ObjectTarget, Target};
 use crate::rules::{Admission, Creation};
 use crate::shed::Slot;
+use crate::upstream::connections::Connections;
 use crate::upstream::server::Outcome;
 use crate::upstream::{Choice, Upstream};
-use answers::{Answer, compress, receive_rest, refuse, secure_headers, tell_browser};
+use answers::{Answer, compress, receive_rest, refuse, tell_browser};
 use bounds::{BODY_TOO_SLOW, DEADLINE_OVER, check_head};
 use cached::Cached;
 pub use dynamic::Dynamic;
-use heads::{
-    forwarded, host, is_secure, pass_upgrade, peer_ip, require_one_host, strip, strip_response, uri,
-};
+use heads::{forwarded, host, is_secure, pass_upgrade, peer_ip, require_one_host, strip, uri};
 use logged::log;
 
 const NOT_OWNER: ErrorType = ErrorType::Custom("not_owner");
@@ -91,7 +93,14 @@ pub struct Shared {
 }
 
 /// The proxy of one thread.
-pub struct Proxy(pub Arc<Shared>, pub Arc<Links>, pub Arc<Counters>);
+pub struct Proxy {
+    pub shared: Arc<Shared>,
+    /// To workers.
+    pub links: Arc<Links>,
+    pub counters: Arc<Counters>,
+    /// To servers of apps.
+    pub connections: Arc<Connections>,
+}
 
 /// One request on its way.
 pub struct Request {
@@ -174,12 +183,12 @@ impl Proxy {
             .headers
             .get(CONTENT_LENGTH)
             .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-        if announced.is_some_and(|bytes| bytes > self.0.requests.body_bytes_max) {
+        if announced.is_some_and(|bytes| bytes > self.shared.requests.body_bytes_max) {
             return Err(self.too_large().into());
         }
         require_one_host(head)?;
-        check_head(head, &self.0.connections)?;
-        let dynamic = self.0.dynamic.load();
+        check_head(head, &self.shared.connections)?;
+        let dynamic = self.shared.dynamic.load();
         let mut asked = self.asked(session, &dynamic);
         if let Some(answer) = dynamic.preflight(&asked) {
             return Ok(Aim::Here(Answer::Fixed(answer)));
@@ -266,7 +275,7 @@ impl Proxy {
             }
             _ => return,
         };
-        self.0.hot_objects.count(&key, limit::SAMPLE);
+        self.shared.hot_objects.count(&key, limit::SAMPLE);
     }
 
     /// The view of a request that has not been routed yet.
@@ -280,7 +289,7 @@ impl Proxy {
             path: head.uri.path(),
             query: head.uri.query(),
             headers: &head.headers,
-            colo: dynamic.client.colo(peer, &head.headers, self.0.colo),
+            colo: dynamic.client.colo(peer, &head.headers, self.shared.colo),
             client: dynamic.client.address(peer, &head.headers),
             params: Params::default(),
             shard: None,
@@ -293,7 +302,7 @@ impl Proxy {
             ErrorCode::PayloadTooLarge,
             format!(
                 "the body is larger than requests.body_bytes_max = {}",
-                self.0.requests.body_bytes_max
+                self.shared.requests.body_bytes_max
             ),
         )
     }
@@ -358,7 +367,7 @@ impl Proxy {
                 ErrorCode::TimedOut,
                 format!(
                     "no byte came for requests.silence_max = {:?}; whether the request had an effect is unknown",
-                    self.0.requests.silence_max
+                    self.shared.requests.silence_max
                 ),
             ),
             ErrorType::ReadError | ErrorType::WriteError | ErrorType::ConnectionClosed => {
@@ -425,7 +434,7 @@ impl ProxyHttp for Proxy {
             body_bytes_max: None,
             label: RouteLabel::Contract("none"),
             cached: Cached::default(),
-            colo: self.0.colo,
+            colo: self.shared.colo,
             finish: Finish::default(),
             tries: 0,
             failure: None,
@@ -474,7 +483,8 @@ impl ProxyHttp for Proxy {
                     return self.answer_counter(session, request, ask).await;
                 }
                 request.aim = Some(aim);
-                self.answer_linked(session, request).await
+                Ok(self.answer_linked(session, request).await?
+                    || self.answer_direct(session, request).await?)
             }
             Err(refusal) => {
                 receive_rest(session).await;
@@ -490,7 +500,7 @@ impl ProxyHttp for Proxy {
         session: &mut Session,
         request: &mut Request,
     ) -> Result<bool> {
-        request.cached.asked_at(self.0.cache.moment());
+        request.cached.asked_at(self.shared.cache.moment());
         match self.take_slot(request) {
             Ok(()) => Ok(true),
             Err(problem) => {
@@ -509,7 +519,7 @@ impl ProxyHttp for Proxy {
         request: &mut Request,
     ) -> Result<()> {
         request.body_bytes += body.as_ref().map_or(0, |bytes| bytes.len() as u64);
-        let max = self.0.requests.body_bytes_max;
+        let max = self.shared.requests.body_bytes_max;
         if request.body_bytes > request.body_bytes_max.map_or(max, |own| own.min(max)) {
             return Err(Error::new(BODY_TOO_LARGE));
         }
@@ -518,7 +528,7 @@ impl ProxyHttp for Proxy {
 
     fn request_cache_filter(&self, session: &mut Session, request: &mut Request) -> Result<()> {
         if request.cached.is_keyed() {
-            self.0.cache.enable(session);
+            self.shared.cache.enable(session);
         }
         Ok(())
     }
@@ -560,39 +570,28 @@ impl ProxyHttp for Proxy {
         session: &mut Session,
         request: &mut Request,
     ) -> Result<Box<HttpPeer>> {
-        if request.tries > 0 {
-            self.0.metrics.retries.increment(1);
-            self.before_retry(request).await;
-        }
-        request.tries += 1;
+        self.begin_try(request).await;
         request.body_bytes = 0;
-        request.failure = None;
         match request.aim.as_mut() {
             Some(Aim::Object { target, owner }) => {
-                let found = self.0.placement.owner(target.id).map_err(|error| {
+                let found = self.shared.placement.owner(target.id).map_err(|error| {
                     request.failure = Some(Failure::NotSent);
                     let mut error = Error::explain(UNROUTABLE, error.to_string());
-                    error.set_retry(retry::pause(&self.0.retry, request.tries).is_some());
+                    error.set_retry(retry::pause(&self.shared.retry, request.tries).is_some());
                     error
                 })?;
                 *owner = Some(found);
                 let mut peer = HttpPeer::new(found.address, false, String::new());
-                peer.options.connection_timeout = Some(self.0.requests.connect_max);
-                peer.options.read_timeout = Some(self.0.requests.silence_max);
-                peer.options.write_timeout = Some(self.0.requests.silence_max);
-                peer.options.idle_timeout = Some(self.0.requests.idle_max);
+                peer.options.connection_timeout = Some(self.shared.requests.connect_max);
+                peer.options.read_timeout = Some(self.shared.requests.silence_max);
+                peer.options.write_timeout = Some(self.shared.requests.silence_max);
+                peer.options.idle_timeout = Some(self.shared.requests.idle_max);
                 request.bound_peer(&mut peer.options);
                 Ok(Box::new(peer))
             }
             Some(Aim::App(app)) => {
-                if let Some(choice) = app.choice.take() {
-                    app.tried.push(choice.picked.server.address);
-                }
-                let mut asked = self.asked(session, &self.0.dynamic.load());
-                asked.claims = request.admission.as_ref().and_then(Admission::claims);
-                let choice = app.upstream.pick(&asked, &app.tried);
+                let choice = self.choose_server(session, &request.admission, app);
                 let mut peer = choice.picked.server.peer.clone();
-                app.choice = Some(choice);
                 if session.is_upgrade_req() {
                     // HTTP/2 has no such upgrade.
                     peer.options.alpn = ALPN::H1;
@@ -653,21 +652,7 @@ impl ProxyHttp for Proxy {
         response: &mut ResponseHeader,
         request: &mut Request,
     ) -> Result<()> {
-        if let Some(Aim::App(app)) = &request.aim {
-            if request.finish.security_headers {
-                secure_headers(response, is_secure(session))?;
-            }
-            let cookie = app.choice.as_ref().and_then(|c| c.set_cookie.as_ref());
-            if let Some(cookie) = cookie.filter(|_| !cached::is_given_again(session)) {
-                response.append_header(SET_COOKIE, cookie)?;
-            }
-        }
-        if cached::is_given_again(session) {
-            // Whatever the object was asked for before, nothing is new now.
-            request.settle_creation(false);
-        }
-        request.cached.say(session, response)?;
-        tell_browser(response, &request.grant)
+        self.finish_answer(session, response, request)
     }
 
     fn response_body_filter(
@@ -689,43 +674,7 @@ impl ProxyHttp for Proxy {
         response: &mut ResponseHeader,
         request: &mut Request,
     ) -> Result<()> {
-        request.cached.learn(self.0.cache, response);
-        if let Some(Aim::App(app)) = &request.aim {
-            strip_response(response);
-            let status = response.status.as_u16();
-            app.report(match status {
-                502..=504 => Outcome::Failure,
-                _ => Outcome::Success,
-            });
-            if app.upstream.config().retry.status.contains(&status)
-                && self.tries_again(session, request, Failure::Status)
-            {
-                request.failure = Some(Failure::Status);
-                return Err(Error::new_up(BAD_STATUS));
-            }
-            request.answered(status);
-            return Ok(());
-        }
-        let created = response.remove_header(&headers::NEW_OBJECT).is_some();
-        let Some(code) = response.headers.get(headers::ERROR) else {
-            request.settle_creation(created);
-            request.answered(response.status.as_u16());
-            return Ok(());
-        };
-        let code: Option<ErrorCode> = code.to_str().ok().and_then(|code| code.parse().ok());
-        if code == Some(ErrorCode::NotOwner) {
-            self.0.metrics.not_owner.increment(1);
-            request.failure = Some(Failure::NotOwner);
-            return Err(Error::new(NOT_OWNER));
-        }
-        if code == Some(ErrorCode::Unauthorized) {
-            // A matter between gateway and worker: no credentials of the client could help.
-            return Err(Error::new(TOKEN_REFUSED));
-        }
-        request.settle_creation(created);
-        request.answered(response.status.as_u16());
-        request.refused = code;
-        Ok(())
+        self.weigh_answer(session, response, request)
     }
 
     fn fail_to_connect(
@@ -733,50 +682,20 @@ impl ProxyHttp for Proxy {
         session: &mut Session,
         _peer: &HttpPeer,
         request: &mut Request,
-        mut error: Box<Error>,
+        error: Box<Error>,
     ) -> Box<Error> {
-        request.failure = Some(Failure::NotSent);
-        // How little time a client has says nothing of the server.
-        if let Some(Aim::App(app)) = &request.aim
-            && !request.is_overdue()
-        {
-            app.report(Outcome::Failure);
-        }
-        error.set_retry(self.tries_again(session, request, Failure::NotSent));
-        error
+        self.connect_failed(session, request, error)
     }
 
     fn error_while_proxy(
         &self,
         _peer: &HttpPeer,
         session: &mut Session,
-        mut error: Box<Error>,
+        error: Box<Error>,
         request: &mut Request,
         reused: bool,
     ) -> Box<Error> {
-        // pingora marks errors of reused connections on which no byte of an answer came.
-        error.retry.decide_reuse(reused);
-        let failure = match request.failure {
-            Some(failure) => failure,
-            None if error.retry() => Failure::StaleConnection,
-            None if *error.etype() == ErrorType::ReadTimedout => Failure::Silent,
-            None => Failure::Sent,
-        };
-        request.failure = Some(failure);
-        // A status that is tried again was weighed when it came.
-        let again = failure == Failure::Status || self.tries_again(session, request, failure);
-        if let Some(Aim::App(app)) = &request.aim
-            && matches!(failure, Failure::Sent | Failure::Silent)
-            && *error.esource() == ErrorSource::Upstream
-            && !request.is_overdue()
-        {
-            app.report(Outcome::Failure);
-        }
-        if failure == Failure::Silent && !again {
-            request.gave_up();
-        }
-        error.set_retry(again);
-        error
+        self.try_failed(session, error, request, reused)
     }
 
     async fn fail_to_proxy(
@@ -827,21 +746,21 @@ impl ProxyHttp for Proxy {
     async fn logging(&self, session: &mut Session, error: Option<&Error>, request: &mut Request) {
         let took = request.begun.elapsed();
         if session.subrequest_ctx.is_some() {
-            self.0.metrics.cache.refreshes.increment(1);
+            self.shared.metrics.cache.refreshes.increment(1);
             return;
         }
         Phase::set(session, false);
         request
             .cached
-            .count(session, &self.0.metrics, &request.label);
+            .count(session, &self.shared.metrics, &request.label);
         let code = match (request.refused, session.response_written()) {
             (Some(refused), _) => Code::Refused(refused),
             (None, Some(response)) => Code::Status(response.status.as_u16()),
             (None, None) => Code::Gone,
         };
-        self.0.metrics.request(&request.label, code, took);
+        self.shared.metrics.request(&request.label, code, took);
         log(session, error, request, code, took);
-        let dynamic = self.0.dynamic.load();
+        let dynamic = self.shared.dynamic.load();
         let status = session
             .response_written()
             .map_or(0, |head| head.status.as_u16());
@@ -875,7 +794,7 @@ impl Proxy {
             let left_ms = deadline::left(deadline).as_millis().max(1);
             head.insert_header(headers::TIMEOUT, left_ms.to_string())?;
         }
-        if let Some(token) = &self.0.token {
+        if let Some(token) = &self.shared.token {
             head.insert_header(headers::TOKEN, token.clone())?;
         }
         match request.creation {
@@ -905,48 +824,6 @@ impl Proxy {
         };
         head.set_uri(uri(path)?);
         Ok(())
-    }
-}
-
-impl Proxy {
-    /// Whether the request is to be sent again after this failure; for apps, it is then paid for.
-    fn tries_again(&self, session: &Session, request: &Request, failure: Failure) -> bool {
-        let method = &session.req_header().method;
-        let pause = match &request.aim {
-            Some(Aim::App(_)) => Duration::ZERO,
-            _ => retry::pause(&self.0.retry, request.tries).unwrap_or_default(),
-        };
-        let possible = request.has_time_for(pause)
-            && !session.as_ref().retry_buffer_truncated()
-            && session.response_written().is_none();
-        match &request.aim {
-            Some(Aim::App(app)) => {
-                possible
-                    && retry::is_safe_for_app(failure, method)
-                    && request.tries < app.upstream.config().retry.tries_max
-                    && app.upstream.spend_retry()
-            }
-            _ => {
-                possible
-                    && retry::is_safe(failure, method)
-                    && retry::pause(&self.0.retry, request.tries).is_some()
-            }
-        }
-    }
-
-    /// A try after the first begins with a pause, and for objects with a look for a newer ring. A pool has
-    /// another server at once, while there is one that was not tried.
-    async fn before_retry(&self, request: &Request) {
-        match &request.aim {
-            Some(Aim::App(app)) if app.tried.len() + 1 < app.upstream.servers().list.len() => {
-                return;
-            }
-            Some(Aim::Object { .. }) => self.0.placement.refresh().await,
-            _ => {}
-        }
-        if let Some(pause) = retry::pause(&self.0.retry, request.tries) {
-            tokio::time::sleep(pause).await;
-        }
     }
 }
 

@@ -45,6 +45,7 @@ use crate::placement::{Placement, RingSource};
 use crate::proxy::{Dynamic, Proxy, Shared};
 use crate::upgrade::{Kind, Sockets};
 use crate::upstream::UpstreamError;
+use crate::upstream::connections::Connections;
 use crate::upstream::tls::authorities_file;
 
 mod process;
@@ -467,7 +468,14 @@ impl Thread {
         let count = self.shared.metrics.links.clone();
         let links = Arc::new(Links::new(self.shared.token.clone(), requests, count));
         let counters = Counters::new(Arc::clone(&self.shared), Arc::clone(&links));
-        let proxy = Proxy(Arc::clone(&self.shared), links, Arc::new(counters));
+        let connections = Arc::new(Connections::new(requests.idle_connections_max as usize));
+        tokio::spawn(connections.keep());
+        let proxy = Proxy {
+            shared: Arc::clone(&self.shared),
+            links,
+            counters: Arc::new(counters),
+            connections,
+        };
         let mut proxy = HttpProxy::new(proxy, Arc::clone(&self.conf));
         proxy.handle_init_modules();
         (proxy.h2_options, proxy.server_options) = downstream::http_2(&self.shared.connections);

@@ -4,7 +4,9 @@
 //! (`server`), and what is under way there. A server that is not well or ejected gets no requests, unless
 //! no other is left: then all are tried, because a chance is better than a refusal.
 
+pub(crate) mod answer;
 pub mod balance;
+pub mod connections;
 mod health;
 mod resolve;
 pub mod server;
@@ -186,6 +188,11 @@ impl Upstream {
 
     pub fn is_tls(&self) -> bool {
         self.compiled.tls.is_some()
+    }
+
+    /// Whether its servers are spoken to in HTTP/1.1 without TLS.
+    pub fn is_plain_http_1(&self) -> bool {
+        !self.is_tls() && self.config.http != HttpVersion::Two
     }
 
     pub fn servers(&self) -> Arc<Servers> {

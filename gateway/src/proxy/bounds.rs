@@ -65,7 +65,7 @@ pub(super) fn check_head(head: &RequestHeader, config: &ConnectionsConfig) -> Re
 impl Proxy {
     /// Bounds of the client's connection while this request is on it.
     pub(super) fn bound_client(&self, session: &mut Session) {
-        let config = &self.0.connections;
+        let config = &self.shared.connections;
         let stall_max = Some(config.stall_max);
         let downstream = &mut session.downstream_session;
         downstream.set_read_timeout(stall_max);
@@ -87,7 +87,7 @@ impl Proxy {
             return Ok(());
         }
         let max = request.finish.deadline_max;
-        let max = max.unwrap_or(self.0.requests.deadline_max);
+        let max = max.unwrap_or(self.shared.requests.deadline_max);
         let max = Some(max).filter(|max| !max.is_zero());
         request.deadline = deadline::of_request(request.begun, client, max);
         match request.deadline.filter(|_| request.is_overdue()) {
@@ -105,7 +105,7 @@ impl Proxy {
         let shedder = match &request.aim {
             Some(Aim::App(app)) => app.upstream.shedder(),
             Some(Aim::Object { .. }) => {
-                dynamic = self.0.dynamic.load();
+                dynamic = self.shared.dynamic.load();
                 dynamic.objects.as_ref()
             }
             Some(Aim::Counter(_) | Aim::Here(_)) | None => None,
@@ -119,7 +119,7 @@ impl Proxy {
     /// Whether a body that has come so far comes fast enough. Streams in both directions are exempt, once
     /// their answer has begun: they may be silent for a reason.
     pub(super) fn check_pace(&self, session: &Session, request: &Request) -> Result<()> {
-        let config = &self.0.connections;
+        let config = &self.shared.connections;
         let per_second = u64::from(config.body_bytes_per_second_min);
         if per_second == 0 || session.response_written().is_some() {
             return Ok(());
@@ -127,7 +127,7 @@ impl Proxy {
         let took = request.begun.elapsed();
         let due = u128::from(per_second) * took.as_millis() / 1000;
         if took > config.body_grace && u128::from(request.body_bytes) < due {
-            self.0.metrics.cut(Cut::BodySlow).increment(1);
+            self.shared.metrics.cut(Cut::BodySlow).increment(1);
             return Err(Error::explain(BODY_TOO_SLOW, "the body of the request"));
         }
         Ok(())
@@ -141,7 +141,7 @@ impl Proxy {
     ) -> Result<BytesMut> {
         let mut body = BytesMut::new();
         // HTTP/2 has no bound of its own on silence.
-        let stall_max = self.0.connections.stall_max;
+        let stall_max = self.shared.connections.stall_max;
         loop {
             let reading = session.downstream_session.read_request_body();
             let reading = tokio::time::timeout(stall_max, reading);
@@ -158,7 +158,7 @@ impl Proxy {
     }
 
     pub(super) fn too_slow(&self) -> Problem {
-        let config = &self.0.connections;
+        let config = &self.shared.connections;
         Problem::new(
             ErrorCode::TooSlow,
             format!(
@@ -226,6 +226,24 @@ impl Request {
     pub(super) fn gave_up(&mut self) {
         if let Some(slot) = self.slot.take().filter(|_| !self.is_overdue()) {
             slot.answered(Instant::now());
+        }
+    }
+}
+
+/// What comes of it, unless the client hangs up first. Then it is dropped.
+pub(super) async fn while_there<T>(
+    session: &mut Session,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    tokio::select! {
+        biased;
+        done = work => done,
+        gone = session.downstream_session.read_body_or_idle(true) => {
+            let error = match gone {
+                Err(error) => Error::because(ErrorType::ConnectionClosed, "the client", error),
+                Ok(_) => Error::explain(ErrorType::ConnectionClosed, "bytes after the body"),
+            };
+            Err(error.into_down())
         }
     }
 }

@@ -28,7 +28,7 @@ impl Proxy {
             trace: request.trace,
             colo: request.colo,
         };
-        match self.2.answer(ask, &origin).await {
+        match self.counters.answer(ask, &origin).await {
             Ok(json) => {
                 let answer = Answer::Fixed(Arc::new(Fixed {
                     status: StatusCode::OK,

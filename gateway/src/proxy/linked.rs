@@ -8,7 +8,7 @@ use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
 use protocol::ErrorCode;
 
-use super::bounds::{DEADLINE_OVER, by};
+use super::bounds::{DEADLINE_OVER, by, while_there};
 use super::{Aim, Proxy, Request, Shared, refuse, tell_browser};
 use crate::link::forward::{Errand, Forwarded, body_bytes, forward};
 use crate::link::{Exchange, Head};
@@ -31,7 +31,7 @@ impl Proxy {
         }
         let empty = session.downstream_session.is_body_empty();
         let bytes = body_bytes(&session.req_header().headers, empty);
-        let Some(bytes) = bytes.filter(|_| self.0.requests.links) else {
+        let Some(bytes) = bytes.filter(|_| self.shared.requests.links) else {
             return Ok(false);
         };
         let mut body = BytesMut::new();
@@ -65,20 +65,10 @@ impl Proxy {
             colo: request.colo,
             deadline: request.deadline,
         };
-        let forwarding = forward(&self.0, &self.1, &errand, &mut request.tries);
+        let forwarding = forward(&self.shared, &self.links, &errand, &mut request.tries);
         let forwarding = by(request.deadline, forwarding);
-        let forwarded = tokio::select! {
-            biased;
-            forwarded = forwarding => forwarded,
-            gone = session.downstream_session.read_body_or_idle(true) => {
-                // Nobody waits for the answer: the exchange is dropped, and with it cancelled.
-                let error = match gone {
-                    Err(error) => Error::because(ErrorType::ConnectionClosed, "the client", error),
-                    Ok(_) => Error::explain(ErrorType::ConnectionClosed, "bytes after the body"),
-                };
-                return Err(error.into_down());
-            }
-        };
+        // If nobody waits for the answer, the exchange is dropped, and with it cancelled.
+        let forwarded = while_there(session, async { Ok(forwarding.await) }).await?;
         let Some(forwarded) = forwarded else {
             // The exchange was dropped, and with it cancelled.
             if let Some(problem) = request.overdue_problem(false) {
@@ -108,7 +98,7 @@ impl Proxy {
                     None => request.answered(200),
                     Some(code) => request.answered(code.status().as_u16()),
                 }
-                pass_answer(&self.0, session, &head, exchange, request).await?;
+                pass_answer(&self.shared, session, &head, exchange, request).await?;
                 Ok(true)
             }
         }
