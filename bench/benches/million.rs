@@ -2,24 +2,17 @@
 //! soon is the worker back after a clean stop, and after its death? `OBJECTS=…` for another number.
 #![expect(clippy::print_stdout, reason = "the figures are the result")]
 
-use std::path::Path;
-use std::rc::Rc;
-use std::sync::Arc;
+#[path = "parts/objects.rs"]
+mod objects;
+#[path = "parts/setup.rs"]
+mod setup;
 
-use metrics::Histogram;
-use protocol::{ClassName, Home, ObjectId, ObjectName, ShardId};
+use protocol::{Home, ShardId};
 use shard_node::catalog::{Order, Query};
-use shard_node::clock::{SystemClock, monotonic_nanos};
-use shard_node::disk::RealDisk;
-use shard_node::storage::logged::{PAGE_BYTES, Setup};
-use shard_node::storage::{Engine, Identity, LogConfig, Logged, SqlConfig, Storage};
-use tokio::sync::Notify;
+use shard_node::clock::monotonic_nanos;
+use shard_node::storage::Logged;
 
-const SHARDS: u16 = 128;
-const RESULT_BYTES: usize = 1 << 20;
-
-/// Objects between two rounds of what a worker does ten times a second.
-const PER_TICK: u32 = 500;
+use objects::{SHARDS, open, seconds, write};
 
 /// Objects that write once more before the death of the process.
 const LAST_WRITES: u32 = 50_000;
@@ -114,59 +107,6 @@ fn search(engine: &Logged, order: Order) -> f64 {
     query.merge(&mut rows);
     assert_eq!(rows.len(), 100);
     seconds(begun)
-}
-
-fn open(dir: &Path) -> Logged {
-    let setup = Setup {
-        disk: Arc::new(RealDisk::new(dir).expect("it was just made")),
-        data_dir: dir.to_owned(),
-        worker: 0,
-        log: LogConfig::default(),
-        page_bytes: PAGE_BYTES,
-        transaction_bytes_max: 128 << 20,
-        clock: Arc::new(SystemClock),
-        sync_time: Histogram::noop(),
-        archive: None,
-    };
-    Logged::open(setup, Arc::new(Notify::new())).expect("a log")
-}
-
-/// Every object wakes, counts once and sleeps.
-fn write(engine: &Logged, objects: std::ops::Range<u32>) {
-    let class: ClassName = "Counter".parse().expect("legal");
-    let config = Arc::new(SqlConfig::default());
-    let shared: Rc<dyn Engine> = Rc::new(engine.clone());
-    for number in objects {
-        let name: ObjectName = format!("object-{number}").parse().expect("legal");
-        let id = ObjectId::named(&class, Home::Global, &name);
-        let identity = Identity {
-            id,
-            class: class.clone(),
-            name: Some(name),
-            shard: id.shard(SHARDS),
-        };
-        let storage = Storage::new(identity, Rc::clone(&shared), Arc::clone(&config));
-        storage.begin_segment();
-        let sql =
-            "CREATE TABLE IF NOT EXISTS counter (id INTEGER PRIMARY KEY, value INTEGER NOT NULL);
-            INSERT INTO counter VALUES (1, 1) ON CONFLICT DO UPDATE SET value = value + 1";
-        storage.exec(sql, &[], RESULT_BYTES).expect("legal");
-        storage.commit().expect("the disk works");
-        drop(storage);
-        engine.release();
-        if number.is_multiple_of(PER_TICK) {
-            Engine::tick(engine);
-        }
-        // As a worker does: no turn while the disk is behind.
-        while engine.is_full() {
-            std::thread::yield_now();
-            Engine::tick(engine);
-        }
-    }
-}
-
-fn seconds(begun: u64) -> f64 {
-    (monotonic_nanos() - begun) as f64 / 1e9
 }
 
 fn resident_mib() -> f64 {

@@ -2,18 +2,18 @@
 //! in one run. Not criterion: half of the answers are bytes.
 #![expect(clippy::print_stdout, reason = "the table is the result")]
 
+#[path = "parts/setup.rs"]
+mod setup;
+
 use std::hint::black_box;
-use std::path::Path;
 use std::process::Command;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use metrics::Histogram;
 use protocol::{ClassName, Home, ObjectId, ObjectName, ShardId};
-use shard_node::clock::{SystemClock, monotonic_nanos};
-use shard_node::disk::RealDisk;
+use shard_node::clock::monotonic_nanos;
 use shard_node::storage::logged::Setup;
-use shard_node::storage::{Engine, Identity, LogConfig, Logged, SqlConfig, SqlValue, Storage};
+use shard_node::storage::{Engine, Identity, Logged, SqlConfig, SqlValue, Storage};
 
 const OBJECTS: u32 = 2000;
 const RESULT_BYTES: usize = 64 << 20;
@@ -53,8 +53,14 @@ fn main() {
 
 fn measure(page_bytes: u32) {
     let dir = tempfile::tempdir().expect("a directory for temporary files");
-    let open_engine =
-        || Logged::open(setup(dir.path(), page_bytes), Arc::default()).expect("a log");
+    std::fs::create_dir_all(dir.path().join("shards")).expect("a directory");
+    let open_engine = || {
+        let setup = Setup {
+            page_bytes,
+            ..setup::setup(dir.path())
+        };
+        Logged::open(setup, Arc::default()).expect("a log")
+    };
     let engine = open_engine();
     let before = resident_bytes();
     let mut create = Vec::new();
@@ -140,23 +146,6 @@ fn measure(page_bytes: u32) {
         get / 1000.0,
     );
     engine.close().expect("the disk works");
-}
-
-fn setup(dir: &Path, page_bytes: u32) -> Setup {
-    Setup {
-        disk: Arc::new(RealDisk::new(dir).expect("it was just made")),
-        data_dir: {
-            std::fs::create_dir_all(dir.join("shards")).expect("a directory");
-            dir.to_owned()
-        },
-        worker: 0,
-        log: LogConfig::default(),
-        page_bytes,
-        transaction_bytes_max: 128 << 20,
-        clock: Arc::new(SystemClock),
-        sync_time: Histogram::noop(),
-        archive: None,
-    }
 }
 
 fn open(engine: &Logged, number: u32) -> Storage {

@@ -2,24 +2,21 @@
 //! long until the node knows what it has? `OBJECTS=…` for another number.
 #![expect(clippy::print_stdout, reason = "the figures are the result")]
 
+#[path = "parts/objects.rs"]
+mod objects;
+#[path = "parts/setup.rs"]
+mod setup;
+
 use std::path::Path;
-use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
-use metrics::Histogram;
-use protocol::{ClassName, Home, ObjectId, ObjectName};
 use shard_node::classes::Classes;
-use shard_node::clock::{SystemClock, monotonic_nanos};
+use shard_node::clock::monotonic_nanos;
 use shard_node::config::Config;
-use shard_node::disk::RealDisk;
 use shard_node::node::Node;
-use shard_node::storage::logged::{PAGE_BYTES, Setup};
-use shard_node::storage::{Engine, Identity, LogConfig, Logged, SqlConfig, Storage};
-use tokio::sync::Notify;
 
-const SHARDS: u16 = 128;
-const PER_TICK: u32 = 500;
+use objects::{open, seconds, write};
+
 const SCRAPES: usize = 50;
 const FEW: u32 = 10;
 
@@ -102,52 +99,8 @@ fn start_and_scrape(config: &Config, objects: u32) -> Scraped {
     scraped
 }
 
-/// Every object wakes, counts once and sleeps, as in `million`.
 fn fill(dir: &Path, objects: std::ops::Range<u32>) {
-    let setup = Setup {
-        disk: Arc::new(RealDisk::new(dir).expect("it is a node's")),
-        data_dir: dir.to_owned(),
-        worker: 0,
-        log: LogConfig::default(),
-        page_bytes: PAGE_BYTES,
-        transaction_bytes_max: 128 << 20,
-        clock: Arc::new(SystemClock),
-        sync_time: Histogram::noop(),
-        archive: None,
-    };
-    let engine = Logged::open(setup, Arc::new(Notify::new())).expect("a log");
-    let shared: Rc<dyn Engine> = Rc::new(engine.clone());
-    let class: ClassName = "Counter".parse().expect("legal");
-    let config = Arc::new(SqlConfig::default());
-    for number in objects {
-        let name: ObjectName = format!("object-{number}").parse().expect("legal");
-        let id = ObjectId::named(&class, Home::Global, &name);
-        let identity = Identity {
-            id,
-            class: class.clone(),
-            name: Some(name),
-            shard: id.shard(SHARDS),
-        };
-        let storage = Storage::new(identity, Rc::clone(&shared), Arc::clone(&config));
-        storage.begin_segment();
-        let sql = "CREATE TABLE counter (id INTEGER PRIMARY KEY, value INTEGER NOT NULL); \
-                   INSERT INTO counter VALUES (1, 1)";
-        storage.exec(sql, &[], 1 << 20).expect("legal");
-        storage.commit().expect("the disk works");
-        drop(storage);
-        engine.release();
-        if number.is_multiple_of(PER_TICK) {
-            Engine::tick(&engine);
-        }
-        while engine.is_full() {
-            std::thread::yield_now();
-            Engine::tick(&engine);
-        }
-    }
-    drop(shared);
+    let engine = open(dir);
+    write(&engine, objects);
     engine.close().expect("the disk works");
-}
-
-fn seconds(begun: u64) -> f64 {
-    (monotonic_nanos() - begun) as f64 / 1e9
 }

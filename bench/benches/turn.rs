@@ -1,8 +1,10 @@
 //! What does one turn of an object cost in process: mailbox, turn loop, storage, output gate, reply?
 //! The engine with its commit log, and SQLite's own files with `synchronous=FULL` for comparison.
 
+#[path = "parts/setup.rs"]
+mod setup;
+
 use std::cell::Cell;
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -14,15 +16,15 @@ use shard_node::class::{Args, Class};
 use shard_node::classes::Classes;
 use shard_node::clock::SystemClock;
 use shard_node::config::{MailboxConfig, ObjectsConfig};
-use shard_node::disk::RealDisk;
 use shard_node::host::{Address, Host, HostConfig};
 use shard_node::metrics::Metrics;
 use shard_node::object::mailbox::Event;
-use shard_node::storage::logged::{PAGE_BYTES, Setup};
-use shard_node::storage::{Engine, LogConfig, Logged, PlainFiles};
+use shard_node::storage::{Engine, Logged, PlainFiles};
 use tokio::runtime::Runtime;
 use tokio::sync::Notify;
 use tokio::task::LocalSet;
+
+use setup::setup;
 
 /// Rounds of calls between two ticks.
 const CALLS_PER_TICK: u32 = 100;
@@ -142,20 +144,6 @@ impl Drop for Fixture {
         if let Some(logged) = &self.logged {
             logged.close().expect("the disk works");
         }
-    }
-}
-
-fn setup(dir: &Path) -> Setup {
-    Setup {
-        disk: Arc::new(RealDisk::new(dir).expect("it was just made")),
-        data_dir: dir.to_owned(),
-        worker: 0,
-        log: LogConfig::default(),
-        page_bytes: PAGE_BYTES,
-        transaction_bytes_max: 128 << 20,
-        clock: Arc::new(SystemClock),
-        sync_time: metrics::Histogram::noop(),
-        archive: None,
     }
 }
 

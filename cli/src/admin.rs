@@ -46,6 +46,17 @@ pub(crate) struct AdminArgs {
     pub(crate) json: bool,
 }
 
+/// Which part of a listing.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PageArgs {
+    /// Most rows to list, 1 to 1000
+    #[arg(long, default_value_t = 100)]
+    pub(crate) limit: u32,
+    /// Go on after this cursor, which the page before gave
+    #[arg(long, value_name = "CURSOR")]
+    pub(crate) after: Option<String>,
+}
+
 impl AdminArgs {
     pub(crate) fn url(&self) -> &str {
         &self.admin

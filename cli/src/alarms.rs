@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::Value as Json;
 use ureq::http::Method;
 
-use crate::admin::{Admin, AdminArgs, AdminError, ObjectArgs, with_parameters};
+use crate::admin::{Admin, AdminArgs, AdminError, ObjectArgs, PageArgs, with_parameters};
 use crate::show;
 
 #[derive(Debug, Subcommand)]
@@ -35,7 +35,7 @@ pub(crate) struct ListArgs {
     #[arg(long, value_enum, default_value = "pending")]
     state: State,
     #[command(flatten)]
-    page: PageArgs,
+    due: DueArgs,
 }
 
 #[derive(Debug, Args)]
@@ -43,11 +43,11 @@ pub(crate) struct DeadArgs {
     #[command(flatten)]
     admin: AdminArgs,
     #[command(flatten)]
-    page: PageArgs,
+    due: DueArgs,
 }
 
 #[derive(Debug, Args)]
-struct PageArgs {
+struct DueArgs {
     /// Of this class only
     #[arg(long)]
     class: Option<String>,
@@ -57,12 +57,8 @@ struct PageArgs {
     /// Due before this time (RFC 3339)
     #[arg(long, value_name = "TIME", value_parser = show::parse_time)]
     below: Option<u64>,
-    /// Most alarms to list, 1 to 1000
-    #[arg(long, default_value_t = 100)]
-    limit: u32,
-    /// Go on after this cursor, which the page before gave
-    #[arg(long, value_name = "CURSOR")]
-    after: Option<String>,
+    #[command(flatten)]
+    page: PageArgs,
 }
 
 #[derive(Debug, Args)]
@@ -99,8 +95,8 @@ pub(crate) fn main(command: &Command) -> ExitCode {
 
 fn run(command: &Command) -> Result<(), AdminError> {
     match command {
-        Command::Ls(args) => list(&args.admin, args.state, &args.page),
-        Command::Dead(args) => list(&args.admin, State::Dead, &args.page),
+        Command::Ls(args) => list(&args.admin, args.state, &args.due),
+        Command::Dead(args) => list(&args.admin, State::Dead, &args.due),
         Command::Fire(args) => change(args, Method::POST, "/fire", "due now"),
         Command::Cancel(args) => change(args, Method::DELETE, "", "cancelled"),
         Command::Retry(args) => change(args, Method::POST, "/retry", "due now"),
@@ -108,14 +104,14 @@ fn run(command: &Command) -> Result<(), AdminError> {
     }
 }
 
-fn list(admin: &AdminArgs, state: State, page: &PageArgs) -> Result<(), AdminError> {
+fn list(admin: &AdminArgs, state: State, due: &DueArgs) -> Result<(), AdminError> {
     let parameters = Parameters {
         state,
-        class: page.class.as_deref(),
-        from: page.from,
-        below: page.below,
-        limit: page.limit,
-        after: page.after.as_deref(),
+        class: due.class.as_deref(),
+        from: due.from,
+        below: due.below,
+        limit: due.page.limit,
+        after: due.page.after.as_deref(),
     };
     let found = Admin::new(admin).get(&with_parameters("/alarms", &parameters))?;
     if admin.json {

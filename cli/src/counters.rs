@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 use ureq::http::Method;
 
-use crate::admin::{Admin, AdminArgs, AdminError, with_parameters};
+use crate::admin::{Admin, AdminArgs, AdminError, PageArgs, with_parameters};
 use crate::show;
 
 /// How often `--wait` looks.
@@ -43,12 +43,8 @@ pub(crate) struct ListArgs {
     /// With names that begin so
     #[arg(long, default_value = "")]
     prefix: String,
-    /// Most counters to list, 1 to 1000
-    #[arg(long, default_value_t = 100)]
-    limit: u32,
-    /// Go on after this cursor, which the page before gave
-    #[arg(long, value_name = "CURSOR")]
-    after: Option<String>,
+    #[command(flatten)]
+    page: PageArgs,
 }
 
 #[derive(Debug, Args)]
@@ -228,8 +224,8 @@ fn run(command: &Command) -> Result<(), AdminError> {
 fn list(args: &ListArgs) -> Result<(), AdminError> {
     let parameters = ListParameters {
         prefix: &args.prefix,
-        limit: args.limit,
-        after: args.after.as_deref(),
+        limit: args.page.limit,
+        after: args.page.after.as_deref(),
     };
     let found = Admin::new(&args.admin).get(&with_parameters("/counters", &parameters))?;
     if args.admin.json {

@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::{Value as Json, json};
 use ureq::http::Method;
 
-use crate::admin::{Admin, AdminArgs, AdminError, ObjectArgs, Which, with_parameters};
+use crate::admin::{Admin, AdminArgs, AdminError, ObjectArgs, PageArgs, Which, with_parameters};
 use crate::bulk::{self, BulkArgs};
 use crate::show;
 
@@ -49,12 +49,8 @@ pub(crate) struct ListArgs {
     /// The last first
     #[arg(long)]
     reverse: bool,
-    /// Most objects to list, 1 to 1000
-    #[arg(long, default_value_t = 100)]
-    limit: u32,
-    /// Go on after this cursor, which the page before gave
-    #[arg(long, value_name = "CURSOR")]
-    after: Option<String>,
+    #[command(flatten)]
+    page: PageArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
@@ -215,8 +211,8 @@ fn list(args: &ListArgs) -> Result<(), AdminError> {
         prefix: &args.which.prefix,
         order: args.sort,
         descending: args.reverse,
-        limit: args.limit,
-        after: args.after.as_deref(),
+        limit: args.page.limit,
+        after: args.page.after.as_deref(),
     };
     let found = Admin::new(&args.admin).get(&with_parameters("/objects", &parameters))?;
     if args.admin.json {
