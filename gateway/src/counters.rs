@@ -18,6 +18,7 @@ use protocol::counters::{
 use protocol::trace::TraceParent;
 use protocol::{Colo, ErrorCode, Problem};
 use rand::Rng;
+use tokio::time::Instant;
 
 use crate::link::Links;
 use crate::metrics::CounterMetrics;
@@ -27,7 +28,7 @@ use crate::route::{Ask, ObjectTarget};
 use ask::{CounterAsk, Increment, What};
 use call::{Call, Nature};
 use combine::Combiner;
-use plans::{PlanKey, Planned};
+use plans::{PlanKey, Planned, Wanted};
 
 /// The way to all counters, of one thread.
 pub struct Counters {
@@ -42,6 +43,8 @@ pub(crate) struct Origin {
     pub(crate) request: String,
     pub(crate) trace: TraceParent,
     pub(crate) colo: Colo,
+    /// When nobody waits for the answer any more.
+    pub(crate) deadline: Option<Instant>,
 }
 
 impl Origin {
@@ -56,6 +59,15 @@ impl Origin {
                 flags: 0,
             },
             colo,
+            deadline: None,
+        }
+    }
+
+    /// The same for a call whose answer others wait for, too.
+    fn for_all(&self) -> Self {
+        Self {
+            deadline: None,
+            ..self.clone()
         }
     }
 }
@@ -160,7 +172,11 @@ impl Counters {
                 }
                 // Nothing was added.
                 AddOutcome::Moved => {
-                    planned = self.newer_plan(&key, &planned, tries, origin).await?;
+                    let wanted = Wanted {
+                        above: planned.plan.version,
+                        heard: added.version.max(planned.plan.version),
+                    };
+                    planned = self.newer_plan(&key, wanted, tries, origin).await?;
                 }
             }
         }
@@ -216,13 +232,13 @@ impl Counters {
     async fn newer_plan(
         &self,
         key: &PlanKey,
-        planned: &Arc<Planned>,
+        wanted: Wanted,
         tries: u32,
         origin: &Origin,
     ) -> Result<Arc<Planned>, Problem> {
         let again = || Problem::unavailable("the shards of this counter are changing");
-        let newest = self.ask_for_plan(key, planned.plan.version, origin).await?;
-        if newest.plan.version > planned.plan.version && tries < MOVES_MAX {
+        let newest = self.ask_for_plan(key, wanted, origin).await?;
+        if newest.plan.version > wanted.above && tries < MOVES_MAX {
             return Ok(newest);
         }
         let pause = retry::pause(&self.shared.retry, tries).ok_or_else(again)?;

@@ -6,7 +6,7 @@
 //!
 //! | call to | method | arguments | answer |
 //! |---|---|---|---|
-//! | coordinator | [`PLAN`] | place, whether that colo has nodes | [`Plan`] |
+//! | coordinator | [`PLAN`] | place, whether that colo has nodes, the newest version that the gateway heard of | [`Plan`] |
 //! | coordinator | [`READ`] | exact | [`Total`] |
 //! | coordinator | [`RESHARD`] | [`Change`] | [`Standing`] |
 //! | coordinator | [`STANDING`] | | [`Standing`] |
@@ -21,6 +21,11 @@
 //! from then on it takes no increment of that or an older plan, so that its total, which the coordinator adds to
 //! its base in one transaction, is final. A later plan may take it in again; it then begins at zero, as another
 //! *generation*. Reports of older generations are ignored. So the total is conserved at every moment.
+//!
+//! **Versions never go back.** A coordinator that was deleted, or restored as of an earlier time, has forgotten plans
+//! that gateways and shards still go by. Both say which version they have heard of; a coordinator that hears of
+//! one above its own goes on above that. A shard of a forgotten plan that reports is retired, so that what was
+//! acknowledged meanwhile is in the total.
 //!
 //! **Idempotency keys** are remembered by the shard that counted them for [`KEYS_KEPT`]. A key belongs to the
 //! shard that [`jump`] says. When plans change, keys change hands: the shard that has a key now first
@@ -394,6 +399,9 @@ pub struct Report {
     pub tally: Tally,
     /// How long ago the oldest increment was counted that was not reported yet.
     pub lag_ms: u64,
+    /// The newest plan that the shard has heard of.
+    #[serde(default)]
+    pub heard: u64,
 }
 
 /// What the coordinator answers.

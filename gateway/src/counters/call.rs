@@ -1,5 +1,7 @@
 //! Calls of the gateway's own to the objects of counters: over links, or by HTTP/1.1 where there are none.
 
+use std::time::Duration;
+
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Method, Request};
 use http_body_util::{BodyExt, Full, Limited};
@@ -7,8 +9,10 @@ use ops::exchange::ExchangeError;
 use ops::{Causes, exchange};
 use protocol::{ErrorCode, Problem, headers};
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 use super::{Counters, Origin};
+use crate::deadline;
 use crate::link::forward::{Errand, Forwarded, forward};
 use crate::placement::Owner;
 use crate::retry::{self, Failure};
@@ -44,6 +48,23 @@ pub(super) struct Call<'a> {
     pub(super) arguments: Vec<u8>,
     pub(super) nature: Nature,
     pub(super) origin: &'a Origin,
+}
+
+impl Call<'_> {
+    /// When it may no longer begin.
+    fn deadline(&self) -> Option<Instant> {
+        match self.nature {
+            Nature::Reads | Nature::AddsOnce => self.origin.deadline,
+            // One call may carry the increments of many clients.
+            Nature::Adds => None,
+        }
+    }
+
+    /// Whether there would be time left after a pause.
+    fn has_time_for(&self, pause: Duration) -> bool {
+        let left = self.deadline().map(deadline::left);
+        left.is_none_or(|left| left > pause)
+    }
 }
 
 /// What an object said: a result, or the code of a refusal and its document.
@@ -90,8 +111,7 @@ impl Counters {
             request: &call.origin.request,
             trace: call.origin.trace,
             colo: call.origin.colo,
-            // One call may carry the increments of many clients.
-            deadline: None,
+            deadline: call.deadline(),
         };
         let mut tries = 0;
         loop {
@@ -109,14 +129,14 @@ impl Counters {
             };
             let again = call.nature == Nature::AddsOnce && super::may_have_run(&problem);
             let pause = retry::pause(&self.shared.retry, tries).filter(|_| again);
-            let Some(pause) = pause else {
+            let Some(pause) = pause.filter(|pause| call.has_time_for(*pause)) else {
                 return Err(problem);
             };
             self.before_retry(pause).await;
         }
     }
 
-    async fn before_retry(&self, pause: std::time::Duration) {
+    async fn before_retry(&self, pause: Duration) {
         self.shared.metrics.retries.increment(1);
         self.shared.placement.refresh().await;
         tokio::time::sleep(pause).await;
@@ -177,7 +197,7 @@ impl Counters {
             };
             let safe = retry::is_safe(failure, &call.nature.method());
             let pause = retry::pause(&self.shared.retry, *tries).filter(|_| safe);
-            let Some(pause) = pause else {
+            let Some(pause) = pause.filter(|pause| call.has_time_for(*pause)) else {
                 return Err(problem);
             };
             self.before_retry(pause).await;
@@ -271,6 +291,10 @@ fn http1_request(call: &Call<'_>, owner: &Owner) -> Request<Full<Bytes>> {
         .header(headers::INTERNAL, "1");
     if let Some(name) = &target.name {
         request = request.header(headers::NAME, &*headers::encode_name(name));
+    }
+    if let Some(deadline) = call.deadline() {
+        let left_ms = deadline::left(deadline).as_millis().max(1);
+        request = request.header(headers::TIMEOUT, left_ms.to_string());
     }
     if let Ask::Own { method } = target.ask {
         request = request.header(headers::METHOD, method);

@@ -55,6 +55,15 @@ struct Slot {
     used: AtomicU64,
 }
 
+/// Which plan is asked for.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Wanted {
+    /// Newer than this.
+    pub(super) above: u64,
+    /// The newest version that anybody spoke of; 0 if nobody did. A coordinator that has forgotten it goes on above it.
+    pub(super) heard: u64,
+}
+
 /// Why the coordinator gave no plan when it was asked last.
 struct Failed {
     at: Instant,
@@ -146,19 +155,19 @@ impl Counters {
         let slot = self.slot(key);
         match slot.planned.load_full() {
             Some(planned) => Ok(planned),
-            None => self.ask_slot(&slot, key, 0, origin).await,
+            None => self.ask_slot(&slot, key, Wanted::default(), origin).await,
         }
     }
 
-    /// A newer plan than `version`, if the coordinator has one.
+    /// A newer plan, if the coordinator has one.
     pub(super) async fn ask_for_plan(
         &self,
         key: &PlanKey,
-        version: u64,
+        wanted: Wanted,
         origin: &Origin,
     ) -> Result<Arc<Planned>, Problem> {
         self.metrics().plan_refreshes.increment(1);
-        self.ask_slot(&self.slot(key), key, version, origin).await
+        self.ask_slot(&self.slot(key), key, wanted, origin).await
     }
 
     /// A shard has heard of plan `version`: if that is news, the plan is asked for, and nobody waits for it.
@@ -173,7 +182,11 @@ impl Counters {
         let (this, key) = (Arc::clone(self), key.clone());
         tokio::spawn(async move {
             let origin = Origin::own(key.colo);
-            let asked = this.ask_for_plan(&key, version - 1, &origin).await;
+            let wanted = Wanted {
+                above: version - 1,
+                heard: version,
+            };
+            let asked = this.ask_for_plan(&key, wanted, &origin).await;
             if let Err(problem) = asked {
                 // The next answer of a shard asks again.
                 slot.heard.store(0, Ordering::Relaxed);
@@ -182,24 +195,27 @@ impl Counters {
         });
     }
 
-    /// One asks; whoever waited meanwhile takes what came of it, if that is newer than `version`.
+    /// One asks; whoever waited meanwhile takes what came of it, if that is what is wanted.
     async fn ask_slot(
         &self,
         slot: &Slot,
         key: &PlanKey,
-        version: u64,
+        wanted: Wanted,
         origin: &Origin,
     ) -> Result<Arc<Planned>, Problem> {
         let begun = Instant::now();
         let mut asking = slot.asking.lock().await;
         let known = slot.planned.load_full();
-        if let Some(planned) = known.filter(|known| known.plan.version > version) {
+        if let Some(planned) = known.filter(|known| known.plan.version > wanted.above) {
             return Ok(planned);
         }
         if let Some(failed) = asking.as_ref().filter(|failed| failed.at >= begun) {
             return Err(failed.problem.clone());
         }
-        match self.ask_coordinator(key, origin).await {
+        match self
+            .ask_coordinator(key, wanted.heard, &origin.for_all())
+            .await
+        {
             Ok(plan) => {
                 *asking = None;
                 Ok(slot.install(plan))
@@ -215,15 +231,24 @@ impl Counters {
         }
     }
 
-    async fn ask_coordinator(&self, key: &PlanKey, origin: &Origin) -> Result<Plan, Problem> {
+    async fn ask_coordinator(
+        &self,
+        key: &PlanKey,
+        heard: u64,
+        origin: &Origin,
+    ) -> Result<Plan, Problem> {
         let ring = self.shared.placement.ring();
         let has_nodes =
             ring.is_some_and(|ring| ring.owner(Home::Colo(key.colo), ShardId(0)).is_ok());
-        let arguments = (Place::Colo(key.colo), has_nodes);
+        let place = Place::Colo(key.colo);
+        let arguments = match heard {
+            0 => serde_json::to_vec(&(place, has_nodes)),
+            _ => serde_json::to_vec(&(place, has_nodes, heard)),
+        };
         let plan: Plan = self
             .call(&Call {
                 target: &coordinator(&key.name, PLAN),
-                arguments: serde_json::to_vec(&arguments).expect("a text and a flag serialize"),
+                arguments: arguments.expect("a text, a flag and a number serialize"),
                 nature: Nature::Reads,
                 origin,
             })

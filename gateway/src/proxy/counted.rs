@@ -7,15 +7,17 @@ use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderValue, StatusCode};
 use pingora_core::Result;
 use pingora_proxy::Session;
+use protocol::Problem;
 
 use super::answers::{Answer, receive_rest, refuse};
+use super::bounds::by;
 use super::{Proxy, Request};
 use crate::counters::Origin;
 use crate::counters::ask::CounterAsk;
 use crate::route::Fixed;
 
 impl Proxy {
-    /// Whether the client still waits makes no difference to what is counted.
+    /// What was sent to a shard may be counted, whether or not the client still waits.
     pub(super) async fn answer_counter(
         &self,
         session: &mut Session,
@@ -27,8 +29,14 @@ impl Proxy {
             request: request.id.clone(),
             trace: request.trace,
             colo: request.colo,
+            deadline: request.deadline,
         };
-        match self.counters.answer(ask, &origin).await {
+        let answered = by(request.deadline, self.counters.answer(ask, &origin)).await;
+        let answered = answered.unwrap_or_else(|| {
+            let over = request.overdue_problem(false);
+            Err(over.unwrap_or_else(|| Problem::outcome_unknown("the deadline is over")))
+        });
+        match answered {
             Ok(json) => {
                 let answer = Answer::Fixed(Arc::new(Fixed {
                     status: StatusCode::OK,

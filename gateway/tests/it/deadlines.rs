@@ -129,6 +129,36 @@ fn an_answer_that_has_begun_is_broken_off() {
 }
 
 #[test]
+fn calls_to_counters_end_in_time_and_say_how_much_is_left() {
+    let (front, worker) = Front::before_worker();
+    let total = r#"{"value":"7","shards":1,"staleness_ms":0}"#;
+    worker.script([ok(total), Act::Silence]);
+    let read = |timeout| ask(&front, "GET", "/counters/likes", timeout);
+    assert_eq!(read("5S").status, 200);
+    let seen = worker.seen();
+    let left = seen[0].headers["dormouse-timeout"].to_str().unwrap();
+    let left: u64 = left.parse().unwrap();
+    assert!((1..=5000).contains(&left), "{left}");
+    check_over(&read("100m"));
+    front.until("the worker hears of it", || worker.cancels() == 1);
+    // A plan is for all who wait for it, and a call may carry the increments of many.
+    worker.clear();
+    worker.script([
+        ok(r#"{"version":1,"place":"","shards":1,"strategy":"random","report_every_ms":100}"#),
+        ok(r#"{"version":1,"outcome":"counted"}"#),
+        Act::Silence,
+    ]);
+    let increment = |timeout| ask(&front, "POST", "/counters/likes/increment", timeout);
+    assert_eq!(increment("5S").status, 200);
+    let seen = worker.seen();
+    let told = |seen: &crate::support::Seen| seen.headers.contains_key("dormouse-timeout");
+    assert_eq!(seen.iter().filter(|seen| told(seen)).count(), 0);
+    let over = increment("100m");
+    check_over(&over);
+    assert_eq!(over.json()["retryable"], false, "it may have been counted");
+}
+
+#[test]
 fn an_exchange_with_a_worker_is_cancelled() {
     let (front, worker) = Front::before_worker();
     worker.script([Act::Silence, ok("ok")]);

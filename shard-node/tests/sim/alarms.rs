@@ -361,6 +361,14 @@ impl Life {
         self.engine.exists(address.id, address.shard).unwrap()
     }
 
+    /// What an operator's deletion does.
+    pub(crate) fn delete(&self, class: &str, object: &str) {
+        let address = self.address_of(class, object);
+        self.host.take_out(address.id);
+        self.engine.delete(address.id, address.shard).unwrap();
+        self.host.timers().set(address.id, None);
+    }
+
     fn address(&self, object: &str) -> Address {
         self.address_of("Beeper", object)
     }

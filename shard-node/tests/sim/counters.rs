@@ -164,6 +164,67 @@ fn shards_that_leave_keep_the_total_and_send_their_clients_away() {
 }
 
 #[test]
+fn a_deleted_coordinator_goes_on_above_the_plans_that_are_in_use() {
+    test(async |life| {
+        reshard(life, json!({ "count": 150 })).await;
+        let old = plan(life).await;
+        add(life, &old, 3, 1).await;
+        add(life, &old, 140, 10).await;
+        life.sleep(2 * old.staleness_ms()).await;
+        life.delete(COORDINATOR, "visits");
+        // Nobody knows of it yet.
+        assert_eq!(plan(life).await.version, 1);
+        // A gateway that goes by the plan of before is counted, also where the plan of new counters has no shard.
+        assert_eq!(add(life, &old, 3, 100).await, AddOutcome::Counted);
+        assert_eq!(add(life, &old, 140, 1000).await, AddOutcome::Counted);
+        life.sleep(20_000).await;
+        let new = plan(life).await;
+        assert!(new.version > old.version, "{new:?}");
+        assert_eq!(new.shards, 100);
+        assert_eq!(read(life, false).await.value, 1111);
+        assert_eq!(read(life, true).await.value, 1111);
+        // The shard that is no longer in use sends its clients away.
+        assert_eq!(add(life, &old, 140, 1).await, AddOutcome::Moved);
+        assert_eq!(add(life, &old, 3, 1).await, AddOutcome::Counted);
+        assert_eq!(read(life, true).await.value, 1112);
+    });
+}
+
+#[test]
+fn a_gateway_that_heard_of_a_newer_plan_gets_one_that_is_newer_still() {
+    test(async |life| {
+        let heard = |heard: u64| coordinator::<Plan>(life, PLAN, json!(["", true, heard]));
+        assert_eq!(heard(1).await.unwrap().version, 1);
+        assert!(!life.exists(COORDINATOR, "visits"));
+        assert_eq!(heard(7).await.unwrap().version, 8);
+        assert_eq!(heard(8).await.unwrap().version, 8);
+        assert_eq!(plan(life).await.version, 8);
+    });
+}
+
+#[test]
+fn a_shard_of_a_plan_that_was_forgotten_retires_after_that_plan() {
+    test(async |life| {
+        for count in [50, 60, 70] {
+            reshard(life, json!({ "count": count })).await;
+        }
+        let old = plan(life).await;
+        add(life, &old, 60, 5).await;
+        life.delete(COORDINATOR, "visits");
+        // Before any report: the coordinator learns of the shard's plan from its answer.
+        reshard(life, json!({ "count": 10 })).await;
+        let told = match add(life, &old, 60, 20).await {
+            AddOutcome::Counted => 25,
+            _ => 5,
+        };
+        life.sleep(20_000).await;
+        assert_eq!(add(life, &old, 60, 1).await, AddOutcome::Moved);
+        assert_eq!(read(life, true).await.value, told);
+        assert_eq!(read(life, false).await.value, told);
+    });
+}
+
+#[test]
 fn a_key_counts_once_wherever_it_goes() {
     test(async |life| {
         let plans = [100, 7, 300, 7, 101];

@@ -170,9 +170,14 @@ impl Summing {
     fn answer(&self, method: &str, args: &mut Args) -> Result<Json, ClassError> {
         match method {
             PLAN => {
-                args.expect(2..=2, "plan(place, has_nodes)")?;
+                args.expect(2..=3, "plan(place, has_nodes, heard = 0)")?;
                 let place = parse(args, 0, PLAN, "place")?;
-                answer(self.plan(place, parse(args, 1, PLAN, "has_nodes")?)?)
+                let has_nodes = parse(args, 1, PLAN, "has_nodes")?;
+                let heard = match args.len() {
+                    3 => parse(args, 2, PLAN, "heard")?,
+                    _ => 0,
+                };
+                answer(self.plan(place, has_nodes, heard)?)
             }
             REPORT => answer(self.report(&parse(args, 0, REPORT, "report")?)?),
             STANDING => answer(self.standing()?),

@@ -206,7 +206,7 @@ impl Table {
 
     pub(super) fn retire(&self, seat: Seat, version: u64) -> Result<(), ClassError> {
         self.sql(
-            "INSERT INTO retiring VALUES (?1, ?2)",
+            "INSERT INTO retiring VALUES (?1, ?2) ON CONFLICT (seat) DO UPDATE SET version = ?2",
             &[text(seat), number(version)],
         )?;
         Ok(())

@@ -6,6 +6,7 @@ use std::time::Duration;
 use protocol::counters::{RETIRE, Seat, Tally};
 use tracing::warn;
 
+use super::known::Known;
 use super::{ASKED_AT_ONCE, Summing, millis};
 use crate::class::ClassError;
 use crate::fan_out::{FanOut, Needs};
@@ -37,11 +38,31 @@ impl Summing {
         Ok(())
     }
 
+    /// Notes that a shard is left out since plan `version`.
+    pub(super) fn retire(
+        &self,
+        known: &mut Known,
+        seat: Seat,
+        version: u64,
+    ) -> Result<(), ClassError> {
+        self.table.retire(seat, version)?;
+        known.retiring.insert(seat, version);
+        Ok(())
+    }
+
     /// The total of a retired shard, which is final, goes to the base.
     fn settle(&self, seat: Seat, version: u64, tally: Tally) -> Result<(), ClassError> {
         let mut known = self.take()?;
         if known.retiring.get(&seat) != Some(&version) {
             // Somebody else asked, too.
+            self.put(known);
+            return Ok(());
+        }
+        if let Some(began) = tally.generation.filter(|began| *began > version) {
+            // It goes by a plan that was forgotten, and counts on: it retires with the one after that.
+            self.catch_up(&mut known, began)?;
+            let version = known.settings.version;
+            self.retire(&mut known, seat, version)?;
             self.put(known);
             return Ok(());
         }

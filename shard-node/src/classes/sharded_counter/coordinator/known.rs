@@ -106,8 +106,21 @@ impl Known {
 
     /// Whether a shard's tally says something that is in the value, and not in the base.
     pub(super) fn counts(&self, seat: Seat, tally: &Tally) -> bool {
-        let in_use = self.has(&self.settings, seat) || self.retiring.contains_key(&seat);
+        self.uses(seat) && self.is_undrained(seat, tally)
+    }
+
+    /// Whether a shard counts by a plan that this coordinator has no memory of: it was deleted or restored since.
+    pub(super) fn is_forgotten(&self, seat: Seat, tally: &Tally) -> bool {
+        !self.uses(seat) && self.is_undrained(seat, tally)
+    }
+
+    fn uses(&self, seat: Seat) -> bool {
+        self.has(&self.settings, seat) || self.retiring.contains_key(&seat)
+    }
+
+    /// What it says is not in the base.
+    fn is_undrained(&self, seat: Seat, tally: &Tally) -> bool {
         let drained = self.drained.get(&seat).copied();
-        in_use && tally.generation.is_some_and(|began| Some(began) > drained)
+        tally.generation.is_some_and(|began| Some(began) > drained)
     }
 }

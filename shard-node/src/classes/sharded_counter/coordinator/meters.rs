@@ -19,6 +19,7 @@ const COUNTERS_MAX: usize = 1024;
 pub(super) struct Meters {
     reports: Counter,
     lag: Histogram,
+    late: Counter,
     pub(super) reshards: Counter,
     skew: Gauge,
     /// The skew of each counter, and when it was known. Changes every few seconds per counter.
@@ -37,6 +38,10 @@ impl Meters {
                 "How long an increment waited until its shard reported it"
             );
             describe_counter!(
+                "shard_counter_reports_late_total",
+                "Reports with an increment that had waited for longer than the staleness that its counter states"
+            );
+            describe_counter!(
                 "shard_counter_reshards_total",
                 "Changes of the number or scope of a counter's shards"
             );
@@ -47,6 +52,7 @@ impl Meters {
             Self {
                 reports: counter!("shard_counter_reports_total"),
                 lag: histogram!("shard_counter_report_lag_seconds"),
+                late: counter!("shard_counter_reports_late_total"),
                 reshards: counter!("shard_counter_reshards_total"),
                 skew: gauge!("shard_counter_skew"),
                 skews: Mutex::default(),
@@ -54,8 +60,10 @@ impl Meters {
         })
     }
 
-    pub(super) fn report(&self, lag_ms: u64) {
+    /// A report whose oldest increment waited so long, of a counter that states `stated_ms`.
+    pub(super) fn report(&self, lag_ms: u64, stated_ms: u64) {
         self.reports.increment(1);
+        self.late.increment(u64::from(lag_ms > stated_ms));
         self.lag.record(lag_ms as f64 / 1000.0);
     }
 

@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use protocol::Problem;
 use protocol::counters::{Change, KEYS_KEPT, Place, Plan, Scope, Seat};
+use tracing::warn;
 
 use super::draining::{DRAIN_AGAIN, DRAIN_MAX};
 use super::known::Known;
@@ -13,8 +14,14 @@ use crate::classes::sharded_counter::answer;
 use crate::classes::sharded_counter::table::{Earlier, Settings};
 
 impl Summing {
-    pub(super) fn plan(&self, place: Place, has_nodes: bool) -> Result<Plan, ClassError> {
+    pub(super) fn plan(
+        &self,
+        place: Place,
+        has_nodes: bool,
+        heard: u64,
+    ) -> Result<Plan, ClassError> {
         let mut known = self.take()?;
+        self.catch_up(&mut known, heard)?;
         let place = match (known.settings.scope, place) {
             (Scope::Global, _) => Place::Anywhere,
             (Scope::Colo, Place::Colo(colo) | Place::ForColo(colo)) => {
@@ -53,6 +60,24 @@ impl Summing {
         };
         self.put(known);
         Ok(plan)
+    }
+
+    /// Somebody goes by plan `heard`. If that is above ours, we were deleted or restored since: the plan that we have
+    /// now follows it, or nobody would ever take it.
+    pub(super) fn catch_up(&self, known: &mut Known, heard: u64) -> Result<(), ClassError> {
+        let version = known.settings.version;
+        if heard <= version {
+            return Ok(());
+        }
+        warn!(counter = %self.context.id(), version, heard, "a plan of this counter was forgotten");
+        self.store(known)?;
+        let after = Settings {
+            version: heard.saturating_add(1),
+            ..known.settings.clone()
+        };
+        self.table.write(&after)?;
+        known.settings = after;
+        Ok(())
     }
 
     pub(super) async fn reshard(self: Rc<Self>, change: Change) -> Result<Json, ClassError> {
@@ -110,8 +135,7 @@ impl Summing {
                 .filter(|seat| !known.has(&after, *seat))
                 .collect();
             for seat in leaving {
-                self.table.retire(seat, after.version)?;
-                known.retiring.insert(seat, after.version);
+                self.retire(known, seat, after.version)?;
             }
             self.heat.borrow_mut().restart();
             if let Some(meters) = self.meters.get() {

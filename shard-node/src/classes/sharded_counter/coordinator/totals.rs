@@ -5,8 +5,9 @@ use protocol::counters::{
 };
 use tracing::info;
 
+use super::draining::DRAIN_AGAIN;
 use super::known::Known;
-use super::{ASKED_AT_ONCE, READ_MAX, Summing};
+use super::{ASKED_AT_ONCE, READ_MAX, Summing, millis};
 use crate::class::ClassError;
 use crate::classes::sharded_counter::heat::Window;
 use crate::classes::sharded_counter::table::Settings;
@@ -66,8 +67,9 @@ impl Summing {
     pub(super) fn report(&self, report: &Report) -> Result<Reported, ClassError> {
         let mut known = self.take()?;
         let Report { seat, tally, .. } = *report;
+        self.catch_up(&mut known, report.heard)?;
         let accepted = self.accept(&mut known, seat, tally)?;
-        self.note_lag(report.lag_ms);
+        self.note_lag(report.lag_ms, &known.settings);
         if accepted && known.has(&known.settings, seat) {
             let count = known.seats_of(&known.settings).count();
             let count = u32::try_from(count).unwrap_or(u32::MAX);
@@ -107,6 +109,13 @@ impl Summing {
 
     /// Takes what a shard says of itself, if it is newer than what is known.
     fn accept(&self, known: &mut Known, seat: Seat, tally: Tally) -> Result<bool, ClassError> {
+        self.catch_up(known, tally.generation.unwrap_or(0))?;
+        if known.is_forgotten(seat, &tally) {
+            self.store(known)?;
+            let version = known.settings.version;
+            self.retire(known, seat, version)?;
+            self.context.set_alarm(self.now() + millis(DRAIN_AGAIN))?;
+        }
         let before = known.tallies.get(&seat).copied();
         let newer = before.is_none_or(|before| {
             (before.generation, before.turns) < (tally.generation, tally.turns)
@@ -131,9 +140,10 @@ impl Summing {
         }
     }
 
-    fn note_lag(&self, lag_ms: u64) {
+    fn note_lag(&self, lag_ms: u64, settings: &Settings) {
         if let Some(meters) = self.meters.get() {
-            meters.report(lag_ms);
+            let stated_ms = counters::staleness_ms(settings.report_every_ms());
+            meters.report(lag_ms, stated_ms);
         }
         let (longest, at_ms) = self.lag.get();
         if lag_ms >= longest || self.now().saturating_sub(at_ms) > LAG_KEPT_MS {

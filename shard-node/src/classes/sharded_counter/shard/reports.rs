@@ -45,6 +45,7 @@ impl Counting {
             seat,
             tally,
             lag_ms,
+            heard: self.heard.get(),
         };
         let (_, name) = counter.coordinator();
         let coordinator = self.context.stub(&counters::coordinator_class(), &name);
