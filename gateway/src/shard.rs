@@ -1,5 +1,7 @@
 //! Which shard of many: the number that routes put into names, as in `shard:{shard}`.
 
+mod overflow;
+
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use ops::config::Broken;
@@ -9,6 +11,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::asked::Asked;
 use crate::config::{ShardConfig, ShardHash};
 use crate::template::{Incomplete, Template};
+use overflow::Overflow;
 
 /// Most shards of one route: each is counted, to show how even they are.
 const COUNT_MAX: u32 = 100_000;
@@ -33,6 +36,7 @@ enum How {
     Range(Template, Box<[String]>),
     Random,
     RoundRobin(AtomicU32),
+    Overflow(Template, Box<Overflow>),
 }
 
 impl Sharding {
@@ -63,7 +67,11 @@ impl Sharding {
             }
             ShardHash::Random => How::Random,
             ShardHash::RoundRobin => How::RoundRobin(AtomicU32::new(0)),
+            ShardHash::Overflow => How::Overflow(by()?, Box::new(Overflow::new(config)?)),
         };
+        if config.limit.is_some() && config.hash != ShardHash::Overflow {
+            return Err(Broken::new("limit", "is for hash = \"overflow\" only"));
+        }
         if !config.bounds.is_empty() && config.hash != ShardHash::Range {
             return Err(Broken::new("bounds", "are for hash = \"range\" only"));
         }
@@ -103,13 +111,21 @@ impl Sharding {
             }
             How::Random => rand::rng().random_range(0..self.count),
             How::RoundRobin(next) => next.fetch_add(1, Ordering::Relaxed) % self.count,
+            How::Overflow(by, overflow) => {
+                by.render(asked, scratch)?;
+                overflow.choose(scratch)
+            }
         };
         self.load[shard as usize].fetch_add(1, Ordering::Relaxed);
         Ok(shard)
     }
 
-    /// The load of the busiest shard over the mean; 1 is even. `None` before the first request.
+    /// The load of the busiest shard over the mean; 1 is even. `None` before the first request, and where it is meant
+    /// to be uneven.
     pub fn skew(&self) -> Option<f64> {
+        if matches!(self.how, How::Overflow(..)) {
+            return None;
+        }
         let load = self.load.iter().map(|load| load.load(Ordering::Relaxed));
         let (sum, max) = load.fold((0, 0), |(sum, max), load| (sum + load, max.max(load)));
         (sum > 0).then(|| max as f64 * f64::from(self.count) / sum as f64)
@@ -117,8 +133,8 @@ impl Sharding {
 
     /// What an operator should hear of.
     pub fn warning(&self) -> Option<String> {
-        let hashed = !matches!(self.how, How::Range(..));
-        (hashed && !COUNT_ADVISED.contains(&self.count)).then(|| {
+        let spread = !matches!(self.how, How::Range(..) | How::Overflow(..));
+        (spread && !COUNT_ADVISED.contains(&self.count)).then(|| {
             format!(
                 "shard.count = {}: from {} to {} are advised",
                 self.count,
@@ -281,5 +297,22 @@ mod tests {
             "hash = 'random'\nbounds = ['b']",
             "are for hash = \"range\" only",
         );
+        refused(
+            "hash = 'random'\nlimit = 5",
+            "is for hash = \"overflow\" only",
+        );
+        refused(
+            "by = '{query.u}'\nhash = 'overflow'",
+            "limit must say how many requests",
+        );
+        refused(
+            "by = '{query.u}'\nhash = 'overflow'\nlimit = 5\ncount = 257",
+            "count = 257 must be from 1 to 256",
+        );
+        refused(
+            "by = '{query.u}'\nhash = 'overflow'\nlimit = 5\nperiod = '1ms'",
+            "period = 1ms must be from",
+        );
+        refused("hash = 'overflow'\nlimit = 5", "must take something");
     }
 }

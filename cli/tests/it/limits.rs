@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::thread;
 
-use crate::support::{Process, agent, eventually, gateway, node, node_at, request};
+use crate::support::{Process, agent, call, eventually, gateway, node, node_at, request};
 
 /// Calls of any object, limited by the address of the client. An hour: next to nothing comes back meanwhile.
 fn config(dir: &Path, scope: &str, algorithm: &str) -> std::path::PathBuf {
@@ -221,4 +221,48 @@ fn bodies_that_were_checked_arrive_whole_and_pages_may_read_the_answer() {
     assert_eq!(request(&agent(), "GET", &url, "").unwrap(), (200, large));
     let requests = metric(&node, "shard_requests_total{class=\"Kv\",code=\"201\"}");
     assert_eq!(requests, 1.0);
+}
+
+#[test]
+fn a_hot_key_has_more_shards_than_a_cold_one_in_each_colo_and_nothing_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Process::start(&mut node(dir.path(), "2"));
+    let config = dir.path().join("overflow.toml");
+    let text = "[[routes]]
+         name = 'hits'
+         path = '/hits'
+         rpc = { class = 'Counter', name = '{colo}:{query.k}:{shard}', method = 'increment' }
+         [routes.shard]
+         by = '{colo}:{query.k}'
+         hash = 'overflow'
+         count = 8
+         limit = 20
+         period = '3600s'";
+    std::fs::write(&config, text).unwrap();
+    let [sfo, lhr] = ["SFO", "LHR"].map(|colo| start(&node, &config, colo));
+    let hit = |gateway: &Process, key: &str, times: usize| {
+        let url = format!("{}/hits?k={key}", gateway.url);
+        let client = || {
+            let agent = agent();
+            for _ in 0..times / 4 {
+                assert_eq!(request(&agent, "POST", &url, "").unwrap().0, 200);
+            }
+        };
+        thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(client))));
+    };
+    hit(&sfo, "hot", 92);
+    hit(&sfo, "cold", 12);
+    hit(&lhr, "hot", 32);
+    let counted = |key: &str| -> Vec<i64> {
+        let value = |shard| {
+            let counter = format!("Counter/{key}:{shard}/value");
+            call(&sfo.url, &counter, &serde_json::json!([]))
+                .as_i64()
+                .unwrap()
+        };
+        (0..8).map(value).collect()
+    };
+    assert_eq!(counted("SFO:hot"), [20, 20, 20, 20, 12, 0, 0, 0]);
+    assert_eq!(counted("SFO:cold"), [12, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(counted("LHR:hot"), [20, 12, 0, 0, 0, 0, 0, 0]);
 }

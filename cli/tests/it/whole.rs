@@ -298,3 +298,48 @@ fn hanging_up_reloads_routes_and_a_bad_file_changes_nothing() {
         assert_eq!(status(), 200);
     }
 }
+
+/// A colo is where objects of its scope may be, and nowhere else.
+#[test]
+fn objects_of_a_colo_without_nodes_are_refused_and_leave_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Process::start(node(dir.path(), "2").args(["--colo", "IAD"]));
+    let config = dir.path().join("gateway.toml");
+    std::fs::write(&config, "objects.colo_scoped = ['Kv']").unwrap();
+    let [here, elsewhere] = ["IAD", "FRA"].map(|colo| {
+        let mut command = gateway(&node);
+        command.arg("--config").arg(&config).args(["--colo", colo]);
+        Process::start(&mut command)
+    });
+    let agent = agent();
+    let put = |gateway: &Process| {
+        let url = format!("{}/objects/Kv/cart/order", gateway.url);
+        request(&agent, "PUT", &url, "nuts").unwrap()
+    };
+    let (status, problem) = put(&elsewhere);
+    assert_eq!(status, 503);
+    assert!(
+        problem.contains("no node of the ring is in colo FRA"),
+        "{problem}"
+    );
+    assert_eq!(put(&here).0, 201);
+    let objects = || -> Vec<Value> {
+        let url = format!("{}/objects?class=Kv", here.admin);
+        let (_, listed) = request(&agent, "GET", &url, "").unwrap();
+        let listed: Value = serde_json::from_str(&listed).unwrap();
+        listed["objects"].as_array().unwrap().clone()
+    };
+    let [object] = <[Value; 1]>::try_from(objects()).unwrap();
+    // Its id says where it lives, whoever asks.
+    let url = format!(
+        "{}/objects/Kv/id:{}/order",
+        elsewhere.url,
+        object["id"].as_str().unwrap()
+    );
+    assert_eq!(
+        request(&agent, "GET", &url, "").unwrap(),
+        (200, "nuts".to_owned())
+    );
+    assert_eq!(put(&elsewhere).0, 503);
+    assert_eq!(objects().len(), 1);
+}

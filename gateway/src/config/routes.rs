@@ -1,6 +1,7 @@
 //! `[[routes]]`: what is matched, and what is done with it.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -188,6 +189,12 @@ pub struct ShardConfig {
     /// For `range`: where the second and each further shard begins, ascending, letters' case aside.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub bounds: Vec<String>,
+    /// For `overflow`: what one shard of a key gets from this gateway in each `period`, before the next one gets the
+    /// rest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<NonZeroU32>,
+    #[serde(with = "humantime_serde")]
+    pub period: Duration,
 }
 
 impl Default for ShardConfig {
@@ -197,6 +204,8 @@ impl Default for ShardConfig {
             hash: ShardHash::default(),
             count: 100,
             bounds: Vec::new(),
+            limit: None,
+            period: Duration::from_secs(1),
         }
     }
 }
@@ -216,4 +225,6 @@ pub enum ShardHash {
     Random,
     /// One after the other.
     RoundRobin,
+    /// The first one whose share of the key is not used up: one shard for most keys, and more the hotter a key is.
+    Overflow,
 }
