@@ -72,15 +72,23 @@ pub(super) async fn take_proxy_header(
 /// Length and client of a header; `None` if it is not complete.
 pub(crate) fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<SocketAddr>)>, PrefaceError> {
     use ppp::{HeaderResult, PartialResult, v1, v2};
-    // The parser takes half an address of version 1 for a wrong one.
     let start = bytes.len().min(VERSION_1.len());
     let is_1 = bytes[..start] == VERSION_1[..start];
-    if is_1 && bytes.len() < VERSION_1_BYTES_MAX && !bytes.contains(&b'\n') {
-        return Ok(None);
-    }
+    // Of version 1 the parser gets the line and nothing else: it takes half an address for a wrong one, and what
+    // follows a line for a part of it.
+    let bytes = match is_1 {
+        true => match line(bytes)? {
+            Some(line) => line,
+            None => return Ok(None),
+        },
+        false => bytes,
+    };
     let header = HeaderResult::parse(bytes);
     if header.is_incomplete() {
-        return Ok(None);
+        return match is_1 {
+            true => Err(PrefaceError::NotProxy),
+            false => Ok(None),
+        };
     }
     match header {
         HeaderResult::V1(Ok(header)) => {
@@ -108,6 +116,16 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Option<(usize, Option<SocketAddr>)>,
     }
 }
 
+/// A header of version 1, with its end; `None` if that has not come yet.
+fn line(bytes: &[u8]) -> Result<Option<&[u8]>, PrefaceError> {
+    let most = &bytes[..bytes.len().min(VERSION_1_BYTES_MAX)];
+    match most.iter().position(|byte| *byte == b'\n') {
+        Some(end) if most[..end].ends_with(b"\r") => Ok(Some(&most[..=end])),
+        None if most.len() < VERSION_1_BYTES_MAX => Ok(None),
+        Some(_) | None => Err(PrefaceError::NotProxy),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -131,6 +149,21 @@ mod tests {
         }
         assert!(parse(b"GET / HTTP/1.1\r\n").is_err());
         assert!(parse(b"PROXY TCP4 x y 1 2\r\n").is_err());
+    }
+
+    #[test]
+    fn a_line_is_judged_alone_and_ends_as_the_protocol_says() {
+        // Found by the fuzz target `proxy_header`: the parser took the first for a header, and for none with more behind.
+        for line in [
+            "PROXY TCP4 203.0.113.7 10.0.0.1 4422 4711 \n",
+            "PROXY TCP4 203.0.113.7 10.0.0.1 4422 4711\n",
+            &format!("PROXY {}\r\n", "x".repeat(VERSION_1_BYTES_MAX)),
+        ] {
+            assert!(parse(line.as_bytes()).is_err(), "{line:?}");
+            assert!(parse(format!("{line}443G\r\n").as_bytes()).is_err());
+        }
+        let line = b"PROXY TCP4 203.0.113.7 10.0.0.1 4711 443\r\n\xff\xff\r\n";
+        assert!(matches!(parse(line), Ok(Some((42, Some(_))))));
     }
 
     proptest! {
