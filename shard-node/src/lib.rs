@@ -7,6 +7,7 @@
 //! [`class`]'s instance inside one transaction of the object's [`storage`]; the reply leaves once
 //! that transaction is durable.
 
+mod advice;
 pub mod alarm;
 pub mod alarms;
 pub mod archive;

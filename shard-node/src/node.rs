@@ -19,6 +19,7 @@ use protocol::Ring;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use crate::advice::Advice;
 use crate::archive::{Archive, ArchiveError};
 use crate::classes::Classes;
 use crate::clock::{Clock, SystemClock};
@@ -119,6 +120,7 @@ impl Node {
         let expires_since =
             expiry::since(&config.expiry, data_dir.path(), SystemClock.unix_millis());
         let expires_since = Arc::new(expires_since.map_err(StoreError::from)?);
+        let advice = Advice::new(&registry);
         let mut threads = Vec::with_capacity(listeners.len());
         for (number, (listener, disk)) in (0..).zip(listeners.into_iter().zip(disks)) {
             let me = ring
@@ -147,6 +149,7 @@ impl Node {
                 expires_since: Arc::clone(&expires_since),
                 log: config.log.clone(),
                 advisor: Arc::new(config.advisor.clone()),
+                advice: Arc::clone(&advice),
                 orphans: std::mem::take(&mut orphans),
                 recovered,
                 order: orders.clone(),

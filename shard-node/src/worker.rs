@@ -24,6 +24,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::{JoinSet, LocalSet};
 use tracing::{debug, error, info, warn};
 
+use crate::advice::Advice;
 use crate::alarms::Runner;
 use crate::archive::Archive;
 use crate::classes::Classes;
@@ -67,6 +68,7 @@ pub(crate) struct Worker {
     pub(crate) expires_since: Arc<BTreeMap<String, u64>>,
     pub(crate) log: LogConfig,
     pub(crate) advisor: Arc<Thresholds>,
+    pub(crate) advice: Arc<Advice>,
     pub(crate) token: Option<Arc<str>>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) registry: Arc<Registry>,
@@ -163,6 +165,8 @@ impl Worker {
             looking_back: tokio::sync::Semaphore::new(2),
             spool: spool.clone(),
         });
+        let advising = self.advice.follow(self.number, Rc::clone(&operator));
+        let advising = tokio::task::spawn_local(or_abort(advising));
         let restorer = Rc::downgrade(&operator);
         host.set_restorer(Box::new(move |object, at| {
             let restorer = restorer.upgrade();
@@ -240,7 +244,7 @@ impl Worker {
         for task in tasks
             .into_iter()
             .chain(keeping)
-            .chain([sweeping, taking_stock])
+            .chain([sweeping, taking_stock, advising])
         {
             task.abort();
         }

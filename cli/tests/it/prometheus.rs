@@ -233,6 +233,7 @@ fn config(dir: &Path) -> PathBuf {
         shard = {{ by = "{{query.userId|unknown}}", hash = "xxh3", count = 4 }}
         [upstreams.app]
         servers = ["{}"]
+        shedding = {{}}
         "#,
         cert.display(),
         key.display(),

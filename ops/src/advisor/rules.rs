@@ -17,6 +17,11 @@
 
 use super::{ClassSeen, Finding, Level, NotMeasured, ObjectNamed, ObjectSeen, Seen, Thresholds};
 
+/// The rules of the table, as findings name them.
+pub const RULES: [&str; 12] = [
+    "K1", "K2", "K3", "K4", "K6", "K10", "K11", "K12", "K13", "K14", "H13", "T12",
+];
+
 /// A class below so many requests per second says nothing about ratios.
 const RATIOS_FROM: f64 = 0.1;
 
@@ -155,6 +160,7 @@ impl Of<'_> {
         says: String,
         (pattern, advice): Remedy,
     ) -> Option<Finding> {
+        debug_assert!(RULES.contains(&rule), "{rule}");
         (level > Level::Green).then(|| Finding {
             level,
             rule: rule.to_owned(),

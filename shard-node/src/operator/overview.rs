@@ -53,6 +53,10 @@ impl Operator {
 
     /// `GET /advisor`: what this worker has seen; whoever asks adds up and judges.
     pub(super) async fn advisor(&self) -> Answer {
+        Ok(answer(&self.seen().await?))
+    }
+
+    pub(crate) async fn seen(&self) -> Result<Seen, Problem> {
         let mut objects = Objects::new();
         self.add_busy(&mut objects);
         self.add_large(&mut objects).await?;
@@ -79,7 +83,7 @@ impl Operator {
                 });
             }
         }
-        Ok(answer(&seen))
+        Ok(seen)
     }
 
     /// The class of an object, and its name as far as it is known here.
