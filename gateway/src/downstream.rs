@@ -240,7 +240,8 @@ impl Connection {
         };
         let begin_max = shared.connections.idle_max;
         let begun = tokio::select! {
-            begun = tokio::time::timeout(begin_max, self.begin(&mut place)) => begun,
+            // In a box: the room that a handshake needs goes with it.
+            begun = tokio::time::timeout(begin_max, Box::pin(self.begin(&mut place))) => begun,
             // Nothing was asked, and nothing will be.
             () = stopped(stop.clone(), &shared) => return,
         };

@@ -63,7 +63,9 @@ use answers::{Answer, compress, receive_rest, refuse, tell_browser};
 use bounds::{BODY_TOO_SLOW, DEADLINE_OVER, check_head};
 use cached::Cached;
 pub use dynamic::Dynamic;
-use heads::{forwarded, host, is_secure, pass_upgrade, peer_ip, require_one_host, strip, uri};
+use heads::{
+    forwarded, host, is_secure, join_cookies, pass_upgrade, peer_ip, require_one_host, strip, uri,
+};
 use logged::log;
 
 const NOT_OWNER: ErrorType = ErrorType::Custom("not_owner");
@@ -414,11 +416,12 @@ impl Aim {
 
 #[async_trait]
 impl ProxyHttp for Proxy {
-    type CTX = Request;
+    /// In a box: pingora moves it more than once for each request, and keeps room for it in idle connections.
+    type CTX = Box<Request>;
 
-    fn new_ctx(&self) -> Request {
+    fn new_ctx(&self) -> Box<Request> {
         let mut random = rand::rng();
-        Request {
+        Box::new(Request {
             begun: Instant::now(),
             id: format!("{:016x}", random.random::<u64>()),
             trace: TraceParent {
@@ -442,10 +445,14 @@ impl ProxyHttp for Proxy {
             body_bytes: 0,
             deadline: None,
             slot: None,
-        }
+        })
     }
 
-    async fn request_filter(&self, session: &mut Session, request: &mut Request) -> Result<bool> {
+    async fn request_filter(
+        &self,
+        session: &mut Session,
+        request: &mut Box<Request>,
+    ) -> Result<bool> {
         // A client may send its next request before the answer (RFC 9112, 9.3.2).
         session.downstream_session.set_pipelining_enabled(true);
         if session.subrequest_ctx.is_none() {
@@ -480,11 +487,14 @@ impl ProxyHttp for Proxy {
                 }
                 self.sample(&aim);
                 if let Aim::Counter(ask) = &aim {
-                    return self.answer_counter(session, request, ask).await;
+                    return Box::pin(self.answer_counter(session, request, ask)).await;
                 }
-                request.aim = Some(aim);
-                Ok(self.answer_linked(session, request).await?
-                    || self.answer_direct(session, request).await?)
+                // In boxes of their own: what is on its way to an app does not carry room for a link.
+                match request.aim.insert(aim) {
+                    Aim::Object { .. } => Box::pin(self.answer_linked(session, request)).await,
+                    Aim::App(_) => Box::pin(self.answer_direct(session, request)).await,
+                    Aim::Counter(_) | Aim::Here(_) => Ok(false),
+                }
             }
             Err(refusal) => {
                 receive_rest(session).await;
@@ -498,7 +508,7 @@ impl ProxyHttp for Proxy {
     async fn proxy_upstream_filter(
         &self,
         session: &mut Session,
-        request: &mut Request,
+        request: &mut Box<Request>,
     ) -> Result<bool> {
         request.cached.asked_at(self.shared.cache.moment());
         match self.take_slot(request) {
@@ -516,7 +526,7 @@ impl ProxyHttp for Proxy {
         session: &mut Session,
         body: &mut Option<Bytes>,
         _end_of_stream: bool,
-        request: &mut Request,
+        request: &mut Box<Request>,
     ) -> Result<()> {
         request.body_bytes += body.as_ref().map_or(0, |bytes| bytes.len() as u64);
         let max = self.shared.requests.body_bytes_max;
@@ -526,14 +536,22 @@ impl ProxyHttp for Proxy {
         self.check_pace(session, request)
     }
 
-    fn request_cache_filter(&self, session: &mut Session, request: &mut Request) -> Result<()> {
+    fn request_cache_filter(
+        &self,
+        session: &mut Session,
+        request: &mut Box<Request>,
+    ) -> Result<()> {
         if request.cached.is_keyed() {
             self.shared.cache.enable(session);
         }
         Ok(())
     }
 
-    fn cache_key_callback(&self, _session: &Session, request: &mut Request) -> Result<CacheKey> {
+    fn cache_key_callback(
+        &self,
+        _session: &Session,
+        request: &mut Box<Request>,
+    ) -> Result<CacheKey> {
         request.cached.key()
     }
 
@@ -541,7 +559,7 @@ impl ProxyHttp for Proxy {
         &self,
         _session: &Session,
         response: &ResponseHeader,
-        request: &mut Request,
+        request: &mut Box<Request>,
     ) -> Result<RespCacheable> {
         Ok(request.cached.keep(response))
     }
@@ -549,7 +567,7 @@ impl ProxyHttp for Proxy {
     fn cache_vary_filter(
         &self,
         meta: &CacheMeta,
-        _request: &mut Request,
+        _request: &mut Box<Request>,
         head: &RequestHeader,
     ) -> Option<HashBinary> {
         policy::variance(meta.headers(), &head.headers)
@@ -559,7 +577,7 @@ impl ProxyHttp for Proxy {
     fn should_serve_stale(
         &self,
         _session: &mut Session,
-        _request: &mut Request,
+        _request: &mut Box<Request>,
         error: Option<&Error>,
     ) -> bool {
         error.is_none_or(|error| *error.esource() != ErrorSource::Downstream)
@@ -568,7 +586,7 @@ impl ProxyHttp for Proxy {
     async fn upstream_peer(
         &self,
         session: &mut Session,
-        request: &mut Request,
+        request: &mut Box<Request>,
     ) -> Result<Box<HttpPeer>> {
         self.begin_try(request).await;
         request.body_bytes = 0;
@@ -609,7 +627,7 @@ impl ProxyHttp for Proxy {
         &self,
         session: &mut Session,
         head: &mut RequestHeader,
-        request: &mut Request,
+        request: &mut Box<Request>,
     ) -> Result<()> {
         strip(head);
         pass_upgrade(session, head)?;
@@ -633,6 +651,7 @@ impl ProxyHttp for Proxy {
                     head.set_uri(uri(path)?);
                 }
                 forwarded(session, head)?;
+                join_cookies(head)?;
                 if let Some(deadline) = request.deadline {
                     let left = deadline::write(deadline::left(deadline));
                     head.insert_header(deadline::TIMEOUT, left)?;
@@ -650,7 +669,7 @@ impl ProxyHttp for Proxy {
         &self,
         session: &mut Session,
         response: &mut ResponseHeader,
-        request: &mut Request,
+        request: &mut Box<Request>,
     ) -> Result<()> {
         self.finish_answer(session, response, request)
     }
@@ -660,7 +679,7 @@ impl ProxyHttp for Proxy {
         _session: &mut Session,
         _body: &mut Option<Bytes>,
         _end_of_stream: bool,
-        request: &mut Request,
+        request: &mut Box<Request>,
     ) -> Result<Option<Duration>> {
         match request.is_overdue() {
             false => Ok(None),
@@ -672,7 +691,7 @@ impl ProxyHttp for Proxy {
         &self,
         session: &mut Session,
         response: &mut ResponseHeader,
-        request: &mut Request,
+        request: &mut Box<Request>,
     ) -> Result<()> {
         self.weigh_answer(session, response, request)
     }
@@ -681,7 +700,7 @@ impl ProxyHttp for Proxy {
         &self,
         session: &mut Session,
         _peer: &HttpPeer,
-        request: &mut Request,
+        request: &mut Box<Request>,
         error: Box<Error>,
     ) -> Box<Error> {
         self.connect_failed(session, request, error)
@@ -692,7 +711,7 @@ impl ProxyHttp for Proxy {
         _peer: &HttpPeer,
         session: &mut Session,
         error: Box<Error>,
-        request: &mut Request,
+        request: &mut Box<Request>,
         reused: bool,
     ) -> Box<Error> {
         self.try_failed(session, error, request, reused)
@@ -702,7 +721,7 @@ impl ProxyHttp for Proxy {
         &self,
         session: &mut Session,
         error: &Error,
-        request: &mut Request,
+        request: &mut Box<Request>,
     ) -> FailToProxy {
         let broken = matches!(
             error.etype(),
@@ -727,7 +746,12 @@ impl ProxyHttp for Proxy {
     }
 
     /// The caller of pingora's own warnings is the operator, who has metrics and the client's answer.
-    fn suppress_error_log(&self, _session: &Session, _request: &Request, _error: &Error) -> bool {
+    fn suppress_error_log(
+        &self,
+        _session: &Session,
+        _request: &Box<Request>,
+        _error: &Error,
+    ) -> bool {
         true
     }
 
@@ -735,7 +759,7 @@ impl ProxyHttp for Proxy {
     fn suppress_proxy_warn_log(
         &self,
         _session: &Session,
-        _request: &Request,
+        _request: &Box<Request>,
         error: &Error,
         _context: ProxyWarnLogContext,
     ) -> bool {
@@ -743,7 +767,12 @@ impl ProxyHttp for Proxy {
         true
     }
 
-    async fn logging(&self, session: &mut Session, error: Option<&Error>, request: &mut Request) {
+    async fn logging(
+        &self,
+        session: &mut Session,
+        error: Option<&Error>,
+        request: &mut Box<Request>,
+    ) {
         let took = request.begun.elapsed();
         if session.subrequest_ctx.is_some() {
             self.shared.metrics.cache.refreshes.increment(1);

@@ -150,7 +150,7 @@ impl Proxy {
         &self,
         session: &mut Session,
         request: &mut Request,
-        (mut stream, patience): (Stream, Patience),
+        (stream, patience): (Stream, Patience),
         mut answer: PlainAnswer,
         mut received: Bytes,
     ) -> Result<()> {
@@ -164,37 +164,40 @@ impl Proxy {
             received.truncate(usize::try_from(left).unwrap_or(usize::MAX));
         }
         left -= received.len() as u64;
-        let mut stream = match left {
-            0 => {
-                self.keep(request, stream, answer.keeps, patience);
-                None
+        let mut stream = Some(stream);
+        let keep = |stream: &mut Option<Stream>| {
+            if let Some(stream) = stream.take().filter(|_| answer.keeps) {
+                self.keep(request, stream, patience);
             }
-            _ => Some(&mut stream),
         };
+        if left == 0 {
+            keep(&mut stream);
+        }
         let empty = answer.body_bytes == 0;
         let written = session.write_response_header(Box::new(answer.head), empty);
         written.await.map_err(Error::into_down)?;
         let mut part = received;
         loop {
-            let written = !empty && (!part.is_empty() || left == 0);
-            if written {
+            if !empty && (!part.is_empty() || left == 0) {
                 check_time(request)?;
                 let written = session.write_response_body(Some(part), left == 0);
                 written.await.map_err(Error::into_down)?;
             }
-            let Some(stream) = stream.as_deref_mut().filter(|_| left > 0) else {
-                break;
+            let Some(open) = &mut stream else {
+                return Ok(());
             };
-            part = while_there(session, read_part(stream, left, patience.read)).await?;
+            part = while_there(session, read_part(open, left, patience.read)).await?;
             left -= part.len() as u64;
+            if left == 0 {
+                keep(&mut stream);
+            }
         }
-        Ok(())
     }
 
-    /// Keeps the connection for another request, if the server does.
-    fn keep(&self, request: &Request, stream: Stream, keeps: bool, patience: Patience) {
+    /// Keeps a connection to the server of this request for another.
+    fn keep(&self, request: &Request, stream: Stream, patience: Patience) {
         if let Some(Aim::App(app)) = &request.aim
-            && let Some(choice) = app.choice.as_ref().filter(|_| keeps)
+            && let Some(choice) = &app.choice
         {
             let server = choice.picked.server.address;
             self.connections.put(server, stream, patience.idle);
@@ -231,7 +234,7 @@ impl Proxy {
         answer.respect_keepalive();
         let stream = answer.reuse().await.map(|stream| stream.into_any());
         if let Some(Ok(stream)) = stream.map(|stream| stream.downcast::<Stream>()) {
-            self.keep(request, *stream, true, patience);
+            self.keep(request, *stream, patience);
         }
         Ok(())
     }

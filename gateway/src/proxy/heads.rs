@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use http::header::{CONNECTION, HOST, UPGRADE};
+use http::header::{CONNECTION, COOKIE, HOST, UPGRADE};
 use http::{HeaderName, HeaderValue, Uri, Version};
 use pingora_core::{ErrorType, OrErr, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
@@ -92,6 +92,22 @@ fn mentions_h2c(protocol: &HeaderValue) -> bool {
         .as_bytes()
         .windows(3)
         .any(|window| window.eq_ignore_ascii_case(b"h2c"))
+}
+
+/// HTTP/2 clients may cut `Cookie` into crumbs; in HTTP/1.1 there is one (RFC 9113, 8.2.3).
+pub(super) fn join_cookies(head: &mut RequestHeader) -> Result<()> {
+    let crumbs: Vec<&[u8]> = head
+        .headers
+        .get_all(COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
+    if crumbs.len() < 2 {
+        return Ok(());
+    }
+    let whole = HeaderValue::from_bytes(&crumbs.join(&b"; "[..]));
+    let whole = whole.or_err(ErrorType::InvalidHTTPHeader, "cookies")?;
+    head.insert_header(COOKIE, whole)
 }
 
 /// Tells an app who asked, by the names that proxies have always used.

@@ -87,6 +87,8 @@ where
     let (mut sender, connection) = http2::handshake(TokioExecutor::new(), io).await.unwrap();
     tokio::spawn(connection);
     let request = http::Request::post(uri).header("x-mine", "1");
+    // As browsers cut them (RFC 9113, 8.2.3).
+    let request = request.header("cookie", "a=1").header("cookie", "b=2");
     let request = request
         .body(Full::new(Bytes::from(body.to_owned())))
         .unwrap();
@@ -158,6 +160,8 @@ fn http_2_is_spoken_with_tls_and_without() {
     assert_eq!(seen.headers["host"], "a.example.org");
     assert_eq!(seen.headers["x-forwarded-host"], "a.example.org");
     assert_eq!(seen.headers["x-mine"], "1");
+    let cookies: Vec<_> = seen.headers.get_all("cookie").iter().collect();
+    assert_eq!(cookies, ["a=1; b=2"]);
     let plain = |uri: &'static str| {
         front.runtime.block_on(async {
             let stream = tokio::net::TcpStream::connect(front.gateway.address())

@@ -11,6 +11,7 @@ mod crowds;
 mod deadlines;
 mod downstream;
 mod examples;
+mod exchanges;
 mod floods;
 mod guards;
 mod limits;
