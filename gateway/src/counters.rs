@@ -1,7 +1,7 @@
 //! Sharded counters, as their gateways see them; [`protocol::counters`] says who says what to whom.
 //!
 //! [`ask`] makes of a request what it asks of a counter. An increment goes to one of the shards of the counter's
-//! plan ([`plans`]); those that come for one shard while a call to it is under way go together ([`combine`]).
+//! plan ([`plans`]); those that come while enough calls are under way go together ([`combine`]).
 //! [`call`] is how objects are asked. Nothing here is asked for before somebody needs it.
 
 pub(crate) mod ask;
@@ -13,7 +13,7 @@ pub(crate) mod plans;
 use std::sync::Arc;
 
 use protocol::counters::{
-    ADD, ADD_ONCE, AddOutcome, Added, CounterName, READ, Seat, Strategy, Total, shard_class,
+    ADD, ADD_ONCE, AddOutcome, CounterName, READ, Seat, Strategy, Total, shard_class,
 };
 use protocol::trace::TraceParent;
 use protocol::{Colo, ErrorCode, Problem};
@@ -27,7 +27,7 @@ use crate::retry;
 use crate::route::{Ask, ObjectTarget};
 use ask::{CounterAsk, Increment, What};
 use call::{Call, Nature};
-use combine::Combiner;
+use combine::{Combiner, Sent};
 use plans::{PlanKey, Planned, Wanted};
 
 /// The way to all counters, of one thread.
@@ -148,33 +148,28 @@ impl Counters {
         let mut tries = 0;
         loop {
             tries += 1;
-            let (seat, added) = match &increment.key {
-                Some(once) => {
-                    self.add_once(&planned, name, once, increment.by, origin)
-                        .await?
-                }
+            let by = increment.by;
+            let sent = match &increment.key {
+                Some(once) => self.add_once(&planned, name, once, by, origin).await?,
                 None => {
-                    let seat = seat(&planned, increment)?;
-                    let target = shard(name, seat, ADD);
-                    let version = planned.plan.version;
-                    let added = self.add(target, version, increment.by, origin).await?;
-                    (seat, added)
+                    let only = seat_of_client(&planned, increment)?;
+                    self.add(&key, &planned, only, by, origin).await?
                 }
             };
-            match added.outcome {
+            match sent.added.outcome {
                 AddOutcome::Counted | AddOutcome::Repeated => {
-                    self.learn(&key, &planned, added.version);
+                    self.learn(&key, &sent.planned, sent.added.version);
                     return Ok(Counted {
-                        seat,
-                        planned,
-                        repeated: added.outcome == AddOutcome::Repeated,
+                        seat: sent.seat,
+                        planned: sent.planned,
+                        repeated: sent.added.outcome == AddOutcome::Repeated,
                     });
                 }
                 // Nothing was added.
                 AddOutcome::Moved => {
                     let wanted = Wanted {
-                        above: planned.plan.version,
-                        heard: added.version.max(planned.plan.version),
+                        above: sent.planned.plan.version,
+                        heard: sent.added.version.max(sent.planned.plan.version),
                     };
                     planned = self.newer_plan(&key, wanted, tries, origin).await?;
                 }
@@ -185,12 +180,12 @@ impl Counters {
     /// An increment with an idempotency key: exact, however often it is tried.
     async fn add_once(
         &self,
-        planned: &Planned,
+        planned: &Arc<Planned>,
         name: &CounterName,
         once: &str,
         by: i64,
         origin: &Origin,
-    ) -> Result<(Seat, Added), Problem> {
+    ) -> Result<Sent, Problem> {
         let (seat, before) = planned.plan.seats_of_key(once);
         let arguments = (once, by, planned.plan.version, before);
         self.metrics().calls.increment(1);
@@ -207,25 +202,37 @@ impl Counters {
             retryable: problem.retryable || may_have_run(&problem),
             ..problem
         });
-        Ok((seat, added?))
+        Ok(Sent {
+            planned: Arc::clone(planned),
+            seat,
+            added: added?,
+        })
     }
 
     /// One call for one shard.
     async fn send(
         &self,
-        target: &ObjectTarget,
-        version: u64,
+        name: &CounterName,
+        planned: &Arc<Planned>,
+        seat: Seat,
         by: i64,
         origin: &Origin,
-    ) -> Result<Added, Problem> {
+    ) -> Result<Sent, Problem> {
         self.metrics().calls.increment(1);
-        self.call(&Call {
-            target,
-            arguments: serde_json::to_vec(&(by, version)).expect("numbers serialize"),
-            nature: Nature::Adds,
-            origin,
+        let arguments = (by, planned.plan.version);
+        let added = self
+            .call(&Call {
+                target: &shard(name, seat, ADD),
+                arguments: serde_json::to_vec(&arguments).expect("numbers serialize"),
+                nature: Nature::Adds,
+                origin,
+            })
+            .await?;
+        Ok(Sent {
+            planned: Arc::clone(planned),
+            seat,
+            added,
         })
-        .await
     }
 
     /// The plan did not do: another one, or this one once more after a pause.
@@ -287,22 +294,16 @@ pub(crate) fn may_have_run(problem: &Problem) -> bool {
     }
 }
 
-/// Which shard of the plan an increment without an idempotency key goes to.
-fn seat(planned: &Planned, increment: &Increment) -> Result<Seat, Problem> {
-    let plan = &planned.plan;
-    let index = match plan.strategy {
+/// The shard of the plan that an increment without an idempotency key must go to; `None`: any will do.
+fn seat_of_client(planned: &Planned, increment: &Increment) -> Result<Option<Seat>, Problem> {
+    match planned.plan.strategy {
         Strategy::Hash => {
             let client = increment.client.as_ref();
             let client = client.map_err(|missing| Problem::bad_request(missing.clone()))?;
-            return Ok(plan.set().seat(*client));
+            Ok(Some(planned.plan.set().seat(*client)))
         }
-        Strategy::Random => rand::rng().random_range(0..plan.shards),
-        Strategy::RoundRobin => planned.turn(),
-    };
-    Ok(Seat {
-        place: plan.place,
-        index,
-    })
+        Strategy::Random | Strategy::RoundRobin => Ok(None),
+    }
 }
 
 fn shard(name: &CounterName, seat: Seat, method: &'static str) -> ObjectTarget {

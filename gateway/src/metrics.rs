@@ -87,7 +87,7 @@ pub struct CounterMetrics {
     unknown: Counter,
     /// Calls to shards.
     pub calls: Counter,
-    /// Increments that wait for a call to their shard to come back.
+    /// Increments that wait for a call to come back.
     pub waiting: Gauge,
     pub plans: Gauge,
     pub plan_refreshes: Counter,
@@ -363,7 +363,7 @@ fn describe() {
     );
     describe_gauge!(
         "gateway_counter_waiting",
-        "Increments that wait for a call to their shard to come back, to go together"
+        "Increments that wait for a call to come back, to go together"
     );
     describe_gauge!(
         "gateway_counter_plans",

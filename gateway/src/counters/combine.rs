@@ -1,85 +1,202 @@
-//! Increments of one shard that come together go there together.
+//! Increments that come together go together.
 //!
-//! The first for a shard goes at once. While it is under way others wait, and when it is back all of them go as
-//! one increment by their sum, answered when that is durable. So a shard has one call of each thread at a time,
-//! and what a call costs is shared by all that it carries.
+//! Those that may go to the same places are a *group*: with the strategy `hash` those of one shard, with the
+//! others, where any shard will do, all of a counter. A group has a few calls under way at a time, one per shard
+//! and [`CALLS_PER_WORKER`] per worker, so that every worker has something to do while a log syncs. An increment
+//! that finds room goes at once. Those that find none wait, and when a call is back all of them go as one
+//! increment by their sum, to the shard whose turn it is, answered when that is durable. So what a call costs is
+//! shared by all that it carries, however many shards there are, and without a crowd nobody waits.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::stream::{self, StreamExt};
-use protocol::counters::Added;
-use protocol::{ErrorCode, ObjectId, Problem};
+use protocol::counters::{Added, CounterName, Seat};
+use protocol::{ErrorCode, Problem};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
+use super::plans::{PlanKey, Planned};
 use super::{Counters, Origin};
-use crate::route::ObjectTarget;
+use crate::proxy::Shared;
+
+/// Calls of one group that one worker has at a time, from one thread.
+const CALLS_PER_WORKER: usize = 4;
+
+/// Shards that are looked at for one with room.
+const SEATS_TRIED: usize = 8;
 
 /// Increments of a sum that was refused, which are tried alone, so many at once.
 const ALONE_AT_ONCE: usize = 64;
 
-/// Shards with a call under way, and who waits for the next one. One thread uses it.
+/// The groups with a call under way. One thread uses it.
 #[derive(Default)]
-pub(super) struct Combiner(Mutex<HashMap<ObjectId, Vec<Waiting>>>);
+pub(super) struct Combiner(Mutex<HashMap<Group, Line>>);
+
+/// Increments that may go together.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Group {
+    counter: PlanKey,
+    /// The only shard that will do.
+    only: Option<Seat>,
+}
+
+/// What is under way of a group, and who waits: never anybody while nothing is under way.
+#[derive(Default)]
+struct Line {
+    under_way: Vec<Taken>,
+    waiting: Vec<Waiting>,
+}
+
+/// A shard with a call under way, and the worker that had it when the call began, if the ring knew one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Taken {
+    seat: Seat,
+    worker: Option<SocketAddr>,
+}
+
+/// What was sent by which plan, where to, and what came back.
+#[derive(Debug, Clone)]
+pub(super) struct Sent {
+    pub(super) planned: Arc<Planned>,
+    pub(super) seat: Seat,
+    pub(super) added: Added,
+}
 
 struct Waiting {
     by: i64,
-    /// Of the plan by which it came here.
-    version: u64,
+    /// The plan by which it came here.
+    planned: Arc<Planned>,
     /// A client that hung up does not listen.
-    answer: oneshot::Sender<Result<Added, Problem>>,
+    answer: oneshot::Sender<Result<Sent, Problem>>,
 }
 
 enum Entered {
-    /// Nobody is under way.
-    First,
-    Waits(oneshot::Receiver<Result<Added, Problem>>),
+    Goes(Taken),
+    Waits(oneshot::Receiver<Result<Sent, Problem>>),
     Full,
 }
 
 /// Increments that go together.
 struct Batch {
     sum: i64,
-    version: u64,
+    planned: Arc<Planned>,
     waiting: Vec<Waiting>,
 }
 
+/// Who has which shard of a counter, by the ring.
+trait Workers {
+    fn of(&self, name: &CounterName, seat: Seat) -> Option<SocketAddr>;
+    fn count(&self) -> usize;
+}
+
+impl Group {
+    /// The shard whose turn it is. Another one each time, if any will do.
+    fn next_seat(&self, planned: &Planned) -> Seat {
+        self.only.unwrap_or_else(|| planned.next_seat())
+    }
+}
+
+impl Line {
+    /// A shard with room, on a worker with room.
+    fn find(&self, group: &Group, planned: &Planned, workers: &impl Workers) -> Option<Taken> {
+        let tries = match group.only {
+            Some(_) => 1,
+            None => SEATS_TRIED.min(planned.plan.shards as usize),
+        };
+        if self.under_way.len() >= CALLS_PER_WORKER * workers.count().max(1) {
+            return None;
+        }
+        (0..tries).find_map(|_| {
+            let seat = group.next_seat(planned);
+            let worker = workers.of(&group.counter.name, seat);
+            let free = self.under_way.iter().all(|taken| taken.seat != seat);
+            let there = self.under_way.iter();
+            let there = there.filter(|taken| taken.worker == worker).count();
+            (free && there < CALLS_PER_WORKER).then_some(Taken { seat, worker })
+        })
+    }
+
+    /// The call to `ended` is over. Who goes next, and where to; nobody, if nobody waits.
+    fn next(
+        &mut self,
+        ended: Taken,
+        group: &Group,
+        workers: &impl Workers,
+    ) -> Option<(Batch, Taken)> {
+        let place = self.under_way.iter().position(|taken| *taken == ended);
+        self.under_way.swap_remove(place?);
+        if self.waiting.is_empty() {
+            return None;
+        }
+        let batch = Batch::take(&mut self.waiting);
+        let planned = &batch.planned;
+        let found = self.find(group, planned, workers).unwrap_or_else(|| {
+            let again = ended.seat.place == planned.plan.place;
+            match again && ended.seat.index < planned.plan.shards {
+                true => ended,
+                false => Taken {
+                    seat: group.next_seat(planned),
+                    worker: ended.worker,
+                },
+            }
+        });
+        self.under_way.push(found);
+        Some((batch, found))
+    }
+}
+
 impl Combiner {
-    fn lock(&self) -> MutexGuard<'_, HashMap<ObjectId, Vec<Waiting>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Group, Line>> {
         // Nothing panics while it is held.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn enter(&self, shard: ObjectId, by: i64, version: u64, most: usize) -> Entered {
-        match self.lock().entry(shard) {
-            Entry::Vacant(vacant) => {
-                vacant.insert(Vec::new());
-                Entered::First
-            }
-            Entry::Occupied(waiting) if waiting.get().len() >= most => Entered::Full,
-            Entry::Occupied(mut waiting) => {
-                let (answer, answered) = oneshot::channel();
-                waiting.get_mut().push(Waiting {
-                    by,
-                    version,
-                    answer,
-                });
-                Entered::Waits(answered)
-            }
+    fn enter(
+        &self,
+        group: &Group,
+        by: i64,
+        planned: &Arc<Planned>,
+        most: usize,
+        workers: &impl Workers,
+    ) -> Entered {
+        let mut groups = self.lock();
+        // Most groups that are asked for are there.
+        if !groups.contains_key(group) {
+            groups.insert(group.clone(), Line::default());
         }
+        let line = groups.get_mut(group).expect("it was just put there");
+        // Nobody overtakes.
+        let found = match line.waiting.is_empty() {
+            true => line.find(group, planned, workers),
+            false => None,
+        };
+        if let Some(found) = found {
+            line.under_way.push(found);
+            return Entered::Goes(found);
+        }
+        if line.waiting.len() >= most {
+            return Entered::Full;
+        }
+        let (answer, answered) = oneshot::channel();
+        line.waiting.push(Waiting {
+            by,
+            planned: Arc::clone(planned),
+            answer,
+        });
+        Entered::Waits(answered)
     }
 
-    /// Who goes next; if nobody waits, nobody is under way any more.
-    fn next(&self, shard: ObjectId) -> Option<Batch> {
-        let mut busy = self.lock();
-        let waiting = busy.get_mut(&shard)?;
-        if waiting.is_empty() {
-            busy.remove(&shard);
-            return None;
+    /// Who goes next after a call is back; a group without any is forgotten.
+    fn next(&self, group: &Group, ended: Taken, workers: &impl Workers) -> Option<(Batch, Taken)> {
+        let mut groups = self.lock();
+        let line = groups.get_mut(group)?;
+        let next = line.next(ended, group, workers);
+        if line.under_way.is_empty() {
+            groups.remove(group);
         }
-        Some(Batch::take(waiting))
+        next
     }
 }
 
@@ -95,73 +212,96 @@ impl Batch {
         }
         let rest = waiting.split_off(count);
         let waiting = std::mem::replace(waiting, rest);
-        // The shard is in the newest of their plans, or it would not have been chosen by it.
-        let versions = waiting.iter().map(|one| one.version);
+        // A shard that was chosen by one of their plans is in the newest of them, or it would not have been.
+        let plans = waiting.iter().map(|one| &one.planned);
+        let newest = plans.max_by_key(|planned| planned.plan.version);
         Self {
             sum,
-            version: versions.max().unwrap_or(0),
+            planned: Arc::clone(newest.expect("one number has a sum")),
             waiting,
         }
     }
 }
 
 impl Waiting {
-    fn answer(self, answer: Result<Added, Problem>) {
+    fn answer(self, answer: Result<Sent, Problem>) {
         // Who hung up has been counted all the same.
         drop(self.answer.send(answer));
     }
 }
 
-/// The call of the first; when it ends, however it does, the others go.
+/// A call that an increment makes itself; when it ends, however it does, those that wait go.
 struct Turn {
     counters: Arc<Counters>,
-    target: Option<ObjectTarget>,
-    origin: Option<Origin>,
+    group: Option<Group>,
+    taken: Taken,
+    origin: Origin,
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let (Some(target), Some(origin)) = (self.target.take(), self.origin.take()) else {
+        let Some(group) = self.group.take() else {
             return;
         };
-        let Some(batch) = self.counters.combiner.next(target.id) else {
-            return;
-        };
+        let next = self.counters.next(&group, self.taken);
+        let Some(next) = next else { return };
         // At the end of a thread there is nobody left to answer.
         if let Ok(runtime) = Handle::try_current() {
             let counters = Arc::clone(&self.counters);
-            runtime.spawn(counters.drive(target, batch, origin));
+            runtime.spawn(counters.drive(group, next, self.origin.clone()));
         }
     }
 }
 
+impl Workers for Shared {
+    fn of(&self, name: &CounterName, seat: Seat) -> Option<SocketAddr> {
+        let owner = self.placement.owner(name.shard(seat).0);
+        Some(owner.ok()?.address)
+    }
+
+    fn count(&self) -> usize {
+        self.placement.ring().map_or(1, |ring| ring.workers().len())
+    }
+}
+
 impl Counters {
-    /// One increment of a shard, alone or with others.
+    /// One increment by a plan, alone or with others; to this shard, or to any.
     pub(super) async fn add(
         self: &Arc<Self>,
-        target: ObjectTarget,
-        version: u64,
+        counter: &PlanKey,
+        planned: &Arc<Planned>,
+        only: Option<Seat>,
         by: i64,
         origin: &Origin,
-    ) -> Result<Added, Problem> {
+    ) -> Result<Sent, Problem> {
         let (combine, most) = {
             let dynamic = self.shared.dynamic.load();
             let config = &dynamic.counters;
             (config.combine, config.waiting_max.get() as usize)
         };
+        let group = Group {
+            counter: counter.clone(),
+            only,
+        };
         if !combine {
-            return self.send(&target, version, by, origin).await;
+            let seat = group.next_seat(planned);
+            return self.send(&counter.name, planned, seat, by, origin).await;
         }
-        match self.combiner.enter(target.id, by, version, most) {
-            Entered::First => {
+        match self
+            .combiner
+            .enter(&group, by, planned, most, &*self.shared)
+        {
+            Entered::Goes(taken) => {
                 let turn = Turn {
                     counters: Arc::clone(self),
-                    target: Some(target.clone()),
-                    origin: Some(origin.clone()),
+                    group: Some(group),
+                    taken,
+                    origin: origin.clone(),
                 };
-                let added = self.send(&target, version, by, origin).await;
+                let seat = taken.seat;
+                let sent = self.send(&counter.name, planned, seat, by, origin).await;
                 drop(turn);
-                added
+                sent
             }
             Entered::Waits(answered) => {
                 let waiting = &self.metrics().waiting;
@@ -176,107 +316,46 @@ impl Counters {
             }
             Entered::Full => Err(Problem::new(
                 ErrorCode::Overloaded,
-                format!("counters.waiting_max = {most} increments wait for this shard already"),
+                format!("counters.waiting_max = {most} increments wait for this counter already"),
             )),
         }
     }
 
+    fn next(&self, group: &Group, ended: Taken) -> Option<(Batch, Taken)> {
+        self.combiner.next(group, ended, &*self.shared)
+    }
+
     /// Sends what waits, batch after batch, until nobody does.
-    async fn drive(self: Arc<Self>, target: ObjectTarget, batch: Batch, origin: Origin) {
-        let mut next = Some(batch);
-        while let Some(batch) = next {
-            self.send_batch(&target, batch, &origin).await;
-            next = self.combiner.next(target.id);
+    async fn drive(self: Arc<Self>, group: Group, first: (Batch, Taken), origin: Origin) {
+        let mut next = Some(first);
+        while let Some((batch, taken)) = next {
+            let name = &group.counter.name;
+            self.send_batch(name, batch, taken.seat, &origin).await;
+            next = self.next(&group, taken);
         }
     }
 
-    async fn send_batch(&self, target: &ObjectTarget, batch: Batch, origin: &Origin) {
-        let added = self.send(target, batch.version, batch.sum, origin).await;
-        let refused = added.as_ref().is_err_and(|problem| {
+    async fn send_batch(&self, name: &CounterName, batch: Batch, seat: Seat, origin: &Origin) {
+        let planned = &batch.planned;
+        let sent = self.send(name, planned, seat, batch.sum, origin).await;
+        let refused = sent.as_ref().is_err_and(|problem| {
             // The total has no room for the sum. It may have for some of them.
             problem.code == ErrorCode::BadRequest
         });
         if refused && batch.waiting.len() > 1 {
             stream::iter(batch.waiting)
                 .for_each_concurrent(ALONE_AT_ONCE, async |one| {
-                    let added = self.send(target, batch.version, one.by, origin).await;
-                    one.answer(added);
+                    let sent = self.send(name, planned, seat, one.by, origin).await;
+                    one.answer(sent);
                 })
                 .await;
             return;
         }
         for one in batch.waiting {
-            one.answer(added.clone());
+            one.answer(sent.clone());
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn waiting(by: i64, version: u64) -> Waiting {
-        let (answer, _) = oneshot::channel();
-        Waiting {
-            by,
-            version,
-            answer,
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn batches_carry_everything_in_order_and_never_overflow(
-            all in proptest::collection::vec(
-                prop_oneof![-9_i64..9, Just(i64::MAX), Just(i64::MIN), any::<i64>()], 1..40),
-        ) {
-            let mut queue: Vec<Waiting> = all.iter().map(|by| waiting(*by, 1)).collect();
-            let (mut seen, mut total) = (Vec::new(), 0_i128);
-            while !queue.is_empty() {
-                let batch = Batch::take(&mut queue);
-                prop_assert!(!batch.waiting.is_empty());
-                let parts: i128 = batch.waiting.iter().map(|one| i128::from(one.by)).sum();
-                prop_assert_eq!(i128::from(batch.sum), parts);
-                seen.extend(batch.waiting.iter().map(|one| one.by));
-                total += parts;
-            }
-            prop_assert_eq!(total, all.iter().map(|by| i128::from(*by)).sum());
-            prop_assert_eq!(seen, all);
-        }
-    }
-
-    #[test]
-    fn a_batch_goes_by_the_newest_of_its_plans() {
-        let mut queue = vec![waiting(1, 3), waiting(2, 5), waiting(3, 4)];
-        let batch = Batch::take(&mut queue);
-        assert_eq!((batch.sum, batch.version), (6, 5));
-    }
-
-    #[test]
-    fn one_goes_the_others_wait_and_the_queue_has_a_bound() {
-        let combiner = Combiner::default();
-        let name: protocol::counters::CounterName = "c".parse().unwrap();
-        let (shard, other) = (name.coordinator().0, name.shard("0".parse().unwrap()).0);
-        assert!(matches!(combiner.enter(shard, 1, 1, 2), Entered::First));
-        assert!(matches!(combiner.enter(other, 1, 1, 2), Entered::First));
-        let waits = [
-            combiner.enter(shard, 2, 1, 2),
-            combiner.enter(shard, 3, 1, 2),
-        ];
-        assert!(
-            waits
-                .iter()
-                .all(|entered| matches!(entered, Entered::Waits(_)))
-        );
-        assert!(matches!(combiner.enter(shard, 4, 1, 2), Entered::Full));
-        assert_eq!(combiner.next(shard).unwrap().sum, 5);
-        // Still under way.
-        assert!(matches!(combiner.enter(shard, 6, 1, 2), Entered::Waits(_)));
-        assert_eq!(combiner.next(shard).unwrap().sum, 6);
-        assert!(combiner.next(shard).is_none());
-        assert!(matches!(combiner.enter(shard, 7, 1, 2), Entered::First));
-        assert!(combiner.next(other).is_none());
-    }
-}
+mod tests;

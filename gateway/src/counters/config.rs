@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 pub struct CountersConfig {
     /// A template of who asks, for counters with the strategy `hash`: one client, one shard.
     pub key: String,
-    /// Whether increments of one shard that come together go there together.
+    /// Whether increments that come together, and may go to the same shard, go together.
     pub combine: bool,
-    /// Increments that may wait for one shard, per thread. One more is refused as `overloaded`.
+    /// Increments that may wait for one shard, or for any of one counter, per thread. One more is refused as `overloaded`.
     pub waiting_max: NonZeroU32,
     /// Counters whose plans are remembered. Those that were not used for longest are asked for again.
     pub plans_max: NonZeroU32,

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use arc_swap::ArcSwapOption;
 use dashmap::DashMap;
-use protocol::counters::{CounterName, PLAN, Place, Plan};
+use protocol::counters::{CounterName, PLAN, Place, Plan, Seat, Strategy};
 use protocol::{Colo, Home, Problem, ShardId};
+use rand::Rng;
 use tokio::time::Instant;
 use tracing::warn;
 
@@ -37,8 +38,21 @@ impl Planned {
         }
     }
 
+    /// A shard for what may go to any.
+    pub(super) fn next_seat(&self) -> Seat {
+        let index = match self.plan.strategy {
+            Strategy::RoundRobin => self.turn(),
+            // Those of the strategy `hash` have a shard of their own.
+            Strategy::Random | Strategy::Hash => rand::rng().random_range(0..self.plan.shards),
+        };
+        Seat {
+            place: self.plan.place,
+            index,
+        }
+    }
+
     /// The shard whose turn it is.
-    pub(super) fn turn(&self) -> u32 {
+    fn turn(&self) -> u32 {
         self.next.fetch_add(1, Ordering::Relaxed) % self.plan.shards.max(1)
     }
 }
@@ -283,7 +297,7 @@ mod tests {
             version,
             place: Place::Anywhere,
             shards: 3,
-            strategy: protocol::counters::Strategy::RoundRobin,
+            strategy: Strategy::RoundRobin,
             report_every_ms: 100,
             earlier: Vec::new(),
         }
