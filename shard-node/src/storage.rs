@@ -27,6 +27,7 @@ mod statements;
 pub(crate) mod vfs;
 
 use std::cell::{Cell, OnceCell, RefCell, RefMut};
+use std::ffi::CStr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Waker;
@@ -38,7 +39,7 @@ use rusqlite::{Connection, Statement};
 use tracing::debug;
 
 pub use config::{LogConfig, SqlConfig};
-pub use engine::{Engine, Handle, Opened, commit_statement};
+pub use engine::{Engine, Handle, Opened};
 pub use identity::Identity;
 pub use keys::KEYS_COUNTED;
 pub use kv::{BATCH_KEYS_MAX, Entry, KEY_BYTES_MAX, KvError, ListOptions};
@@ -165,12 +166,52 @@ pub struct Storage {
 
 /// An open connection.
 struct Open {
+    // First: statements go before their connection.
+    kept: Statements,
     connection: Connection,
     handle: Box<dyn Handle>,
     /// The identity record in the database says all we know.
     identified: Cell<bool>,
     /// The table of key-value pairs is there.
     has_pairs: Cell<bool>,
+}
+
+/// The statements around turns. Each is prepared when it is needed first.
+#[derive(Default)]
+struct Statements([OnceCell<vfs::Kept>; 4]);
+
+/// One of them.
+#[derive(Debug, Clone, Copy)]
+enum Around {
+    Begin,
+    Commit,
+    Savepoint,
+    Release,
+}
+
+impl Around {
+    fn sql(self) -> &'static CStr {
+        match self {
+            Self::Begin => c"BEGIN IMMEDIATE",
+            Self::Commit => c"COMMIT",
+            Self::Savepoint => c"SAVEPOINT _dormouse_turn",
+            Self::Release => c"RELEASE _dormouse_turn",
+        }
+    }
+}
+
+impl Open {
+    fn run(&self, what: Around) -> rusqlite::Result<()> {
+        let slot = &self.kept.0[what as usize];
+        let statement = match slot.get() {
+            Some(statement) => statement,
+            None => {
+                let prepared = vfs::Kept::prepare(&self.connection, what.sql())?;
+                slot.get_or_init(|| prepared)
+            }
+        };
+        statement.run(&self.connection)
+    }
 }
 
 /// Where the current stretch of a turn stands.
@@ -268,6 +309,12 @@ impl Storage {
         }
         self.savepoint("RELEASE _dormouse_transaction")?;
         result
+    }
+
+    fn around(&self, what: Around) -> Result<(), StorageError> {
+        let open = self.open()?;
+        let _trusted = self.guard.trusted();
+        self.check(open.run(what), 0)
     }
 
     fn savepoint(&self, sql: &str) -> Result<(), StorageError> {
@@ -381,7 +428,7 @@ impl Storage {
         match self.segment.get() {
             Segment::Clean => return Ok(false),
             Segment::Writing => {}
-            Segment::Nested => self.savepoint("RELEASE _dormouse_turn")?,
+            Segment::Nested => self.around(Around::Release)?,
         }
         self.check_transaction()?;
         self.segment.set(Segment::Clean);
@@ -434,7 +481,7 @@ impl Storage {
         let open = open.as_ref().expect("a transaction has a connection");
         let committed = alarm.and_then(|alarm| {
             let _trusted = self.guard.trusted();
-            let committed = open.handle.commit(&open.connection);
+            let committed = open.handle.commit(&|| open.run(Around::Commit));
             self.check(committed, 0).map(|position| (alarm, position))
         });
         match committed {
@@ -485,7 +532,7 @@ impl Storage {
             Segment::Nested => {
                 self.check_transaction()?;
                 self.savepoint("ROLLBACK TO _dormouse_turn")?;
-                self.savepoint("RELEASE _dormouse_turn")?;
+                self.around(Around::Release)?;
                 self.segment.set(Segment::Clean);
                 self.open()?.has_pairs.set(false);
                 Ok(())
@@ -531,6 +578,7 @@ impl Storage {
         }
         let armed = self.armed_restore(&open);
         let is_empty = self.is_left_empty(&open);
+        drop(open.kept);
         open.handle.close(open.connection);
         if is_empty {
             self.engine.delete_empty(&self.identity);
@@ -635,6 +683,7 @@ impl Storage {
             Ok(identified) => {
                 handle.identify(self.named(), false);
                 Ok(Open {
+                    kept: Statements::default(),
                     connection,
                     handle,
                     identified: Cell::new(identified),
@@ -681,15 +730,13 @@ impl Storage {
                 return Err(StorageError::RolledBack);
             }
             self.engine.check_writable()?;
-            let (sql, segment) = if self.batch.get() {
-                ("SAVEPOINT _dormouse_turn", Segment::Nested)
+            let (begin, segment) = if self.batch.get() {
+                (Around::Savepoint, Segment::Nested)
             } else {
-                ("BEGIN IMMEDIATE /* _dormouse_ */", Segment::Writing)
+                (Around::Begin, Segment::Writing)
             };
             let trusted = self.guard.trusted();
-            let begun =
-                prepare_ours(&open.connection, sql).and_then(|mut begin| begin.raw_execute());
-            self.check(begun, 0)?;
+            self.check(open.run(begin), 0)?;
             self.segment.set(segment);
             if !open.identified.get() {
                 self.write_identity(&open.connection)?;

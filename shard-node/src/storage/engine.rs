@@ -83,9 +83,12 @@ impl Opened {
 
 /// What an engine knows of a database that is open.
 pub trait Handle {
-    /// Ends the open transaction, with [`commit_statement`]. The commit is durable when
-    /// [`Engine::durable`] reaches the position; `None` if nothing had changed.
-    fn commit(&self, connection: &Connection) -> rusqlite::Result<Option<LogPosition>>;
+    /// Ends the open transaction, with `commit`. The commit is durable when [`Engine::durable`] reaches the
+    /// position; `None` if nothing had changed.
+    fn commit(
+        &self,
+        commit: &dyn Fn() -> rusqlite::Result<()>,
+    ) -> rusqlite::Result<Option<LogPosition>>;
 
     /// The transaction was rolled back.
     fn rolled_back(&self) {}
@@ -108,13 +111,6 @@ pub trait Handle {
 
     /// The object leaves memory. If it never committed anything, nothing of it may stay.
     fn close(self: Box<Self>, connection: Connection);
-}
-
-/// `COMMIT`, for engines.
-pub fn commit_statement(connection: &Connection) -> rusqlite::Result<()> {
-    prepare_ours(connection, "COMMIT /* _dormouse_ */")?
-        .raw_execute()
-        .map(drop)
 }
 
 /// Prepares one of our own statements, or takes it from the cache. Its text must name our prefix, if

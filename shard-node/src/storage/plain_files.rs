@@ -9,7 +9,7 @@ use protocol::{LogPosition, ObjectId};
 use rusqlite::{Connection, OpenFlags};
 use tracing::warn;
 
-use super::{Engine, Handle, Identity, Opened, commit_statement};
+use super::{Engine, Handle, Identity, Opened};
 
 /// Files under `data/shards/{shard}/{2 hex}/{id}.db`.
 #[derive(Debug)]
@@ -67,8 +67,11 @@ impl Engine for PlainFiles {
 struct PlainFile(PathBuf);
 
 impl Handle for PlainFile {
-    fn commit(&self, connection: &Connection) -> rusqlite::Result<Option<LogPosition>> {
-        commit_statement(connection)?;
+    fn commit(
+        &self,
+        commit: &dyn Fn() -> rusqlite::Result<()>,
+    ) -> rusqlite::Result<Option<LogPosition>> {
+        commit()?;
         Ok(Some(LogPosition::ZERO))
     }
 

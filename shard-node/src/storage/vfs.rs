@@ -113,6 +113,61 @@ fn status(connection: &Connection, what: c_int) -> c_int {
     now
 }
 
+/// A statement of ours that most turns run: prepared once, kept beside its connection, and looked up nowhere.
+pub(crate) struct Kept(*mut ffi::sqlite3_stmt);
+
+impl Kept {
+    pub(crate) fn prepare(connection: &Connection, sql: &CStr) -> rusqlite::Result<Self> {
+        let mut statement = ptr::null_mut();
+        // SAFETY: the handle is valid while the connection is borrowed, the text ends with a zero, and the
+        // out-pointer is to a live pointer.
+        let code = unsafe {
+            ffi::sqlite3_prepare_v3(
+                connection.handle(),
+                sql.as_ptr(),
+                -1,
+                ffi::SQLITE_PREPARE_PERSISTENT,
+                &raw mut statement,
+                ptr::null_mut(),
+            )
+        };
+        match code {
+            ffi::SQLITE_OK => Ok(Self(statement)),
+            code => Err(failure(connection, code)),
+        }
+    }
+
+    /// Runs it to its end. The connection is the one that it was prepared for.
+    pub(crate) fn run(&self, connection: &Connection) -> rusqlite::Result<()> {
+        // SAFETY: the statement lives until it is dropped, and is used on its connection's thread. SQLite keeps
+        // a connection for as long as it has statements, even if it is asked to close it.
+        let code = unsafe { ffi::sqlite3_step(self.0) };
+        let ran = match code {
+            ffi::SQLITE_DONE => Ok(()),
+            code => Err(failure(connection, code)),
+        };
+        // SAFETY: the same. What it returns is what `step` returned.
+        unsafe { ffi::sqlite3_reset(self.0) };
+        ran
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        // SAFETY: the same; it is not used again.
+        unsafe { ffi::sqlite3_finalize(self.0) };
+    }
+}
+
+/// What SQLite says of the call that failed last.
+fn failure(connection: &Connection, code: c_int) -> rusqlite::Error {
+    // SAFETY: the handle is valid while the connection is borrowed; the text is until the next call, and is
+    // copied before.
+    let message = unsafe { CStr::from_ptr(ffi::sqlite3_errmsg(connection.handle())) };
+    let message = message.to_string_lossy().into_owned();
+    rusqlite::Error::SqliteFailure(ffi::Error::new(code), Some(message))
+}
+
 fn register() -> c_int {
     // SAFETY: a null name asks for the default VFS, which SQLite has initialised and never frees.
     let default = unsafe { ffi::sqlite3_vfs_find(ptr::null()) };

@@ -14,7 +14,7 @@ use crate::alarm::AlarmState;
 use crate::catalog::stock;
 use crate::commit_log::State;
 use crate::commit_log::record::Named;
-use crate::storage::{Engine, Handle, Identity, Opened, StorageError, commit_statement};
+use crate::storage::{Engine, Handle, Identity, Opened, StorageError};
 
 impl Engine for Logged {
     fn open(&self, object: &Identity) -> rusqlite::Result<Opened> {
@@ -119,9 +119,12 @@ pub(super) struct OpenDatabase {
 }
 
 impl Handle for OpenDatabase {
-    fn commit(&self, connection: &Connection) -> rusqlite::Result<Option<LogPosition>> {
+    fn commit(
+        &self,
+        commit: &dyn Fn() -> rusqlite::Result<()>,
+    ) -> rusqlite::Result<Option<LogPosition>> {
         let before = self.database.last.get().1;
-        commit_statement(connection)?;
+        commit()?;
         let after = self.database.last.get().1;
         Ok((after != before).then_some(after))
     }
