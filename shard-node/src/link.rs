@@ -209,6 +209,8 @@ impl Link {
         let (link, server) = (Rc::clone(self), Rc::clone(server));
         // A copy: whoever waits for long must not hold on to all that was read with it.
         let answered = link.answer(stream, payload.into(), server, Rc::clone(&window));
+        // Boxed: it is large, and on its way to the task it would be copied several times.
+        let answered = Box::pin(answered);
         let task = tokio::task::spawn_local(or_abort(answered)).abort_handle();
         streams.insert(stream, Open { task, window });
         Ok(())
