@@ -71,6 +71,10 @@ struct Inner {
     group_end: LogPosition,
     /// The writer may take what is pending.
     released: bool,
+    /// The writer waits for work.
+    idle: bool,
+    /// Threads that wait until all is durable.
+    flushing: u32,
     state: State,
     closed: bool,
     /// All segments, oldest first.
@@ -138,6 +142,8 @@ impl Log {
                 base: end,
                 group_end: end,
                 released: false,
+                idle: false,
+                flushing: 0,
                 state: State::Open,
                 closed: false,
                 segments,
@@ -174,7 +180,10 @@ impl Log {
         let mut inner = self.lock();
         if !inner.pending.is_empty() && !inner.released {
             inner.released = true;
-            self.0.work.notify_one();
+            // One that is at work looks by itself before it waits.
+            if inner.idle {
+                self.0.work.notify_one();
+            }
         }
     }
 
@@ -221,11 +230,13 @@ impl Log {
             if inner.pending.is_empty() && self.durable() >= inner.group_end {
                 return Ok(());
             }
+            inner.flushing += 1;
             inner = self
                 .0
                 .done
                 .wait(inner)
                 .unwrap_or_else(PoisonError::into_inner);
+            inner.flushing -= 1;
         }
     }
 
@@ -389,17 +400,20 @@ impl Writer {
                 _ if !wait => return None,
                 _ => {}
             }
+            inner.idle = true;
             if self.marked {
                 inner = shared
                     .work
                     .wait(inner)
                     .unwrap_or_else(PoisonError::into_inner);
+                inner.idle = false;
             } else {
                 let (woken, timeout) = shared
                     .work
                     .wait_timeout(inner, QUIET)
                     .unwrap_or_else(PoisonError::into_inner);
                 inner = woken;
+                inner.idle = false;
                 // Only between groups: a marker takes a place in the log like any other record.
                 if timeout.timed_out() && inner.pending.is_empty() {
                     return Some(marker(&mut inner));
@@ -436,9 +450,10 @@ impl Writer {
             };
         }
         self.log.0.progress.notify_one();
-        // Whoever waits looks at the state under the lock, so it must have been free once since.
-        drop(self.log.lock());
-        self.log.0.done.notify_all();
+        // Whoever waits looks at the state under the lock.
+        if self.log.lock().flushing > 0 {
+            self.log.0.done.notify_all();
+        }
         done.is_ok()
     }
 
