@@ -4,7 +4,8 @@
 //! others, where any shard will do, all of a counter. A group has a few calls under way at a time, one per shard
 //! and [`CALLS_PER_WORKER`] per worker, so that every worker has something to do while a log syncs. An increment
 //! that finds room goes at once. Those that find none wait, and when a call is back all of them go as one
-//! increment by their sum, to the shard whose turn it is, answered when that is durable. So what a call costs is
+//! increment by their sum, to the same shard or, after some of them, to the one whose turn it is, answered when
+//! that is durable. So what a call costs is
 //! shared by all that it carries, however many shards there are, and without a crowd nobody waits.
 
 use std::collections::HashMap;
@@ -23,6 +24,9 @@ use crate::proxy::Shared;
 
 /// Calls of one group that one worker has at a time, from one thread.
 const CALLS_PER_WORKER: usize = 4;
+
+/// Batches that go to one shard before the next has its turn: shards with news report it, each for itself.
+const CALLS_IN_A_ROW: u32 = 32;
 
 /// Shards that are looked at for one with room.
 const SEATS_TRIED: usize = 8;
@@ -54,6 +58,8 @@ struct Line {
 struct Taken {
     seat: Seat,
     worker: Option<SocketAddr>,
+    /// Calls to it, one after the other, this one included.
+    calls: u32,
 }
 
 /// What was sent by which plan, where to, and what came back.
@@ -114,7 +120,12 @@ impl Line {
             let free = self.under_way.iter().all(|taken| taken.seat != seat);
             let there = self.under_way.iter();
             let there = there.filter(|taken| taken.worker == worker).count();
-            (free && there < CALLS_PER_WORKER).then_some(Taken { seat, worker })
+            let calls = 1;
+            (free && there < CALLS_PER_WORKER).then_some(Taken {
+                seat,
+                worker,
+                calls,
+            })
         })
     }
 
@@ -132,16 +143,26 @@ impl Line {
         }
         let batch = Batch::take(&mut self.waiting);
         let planned = &batch.planned;
-        let found = self.find(group, planned, workers).unwrap_or_else(|| {
-            let again = ended.seat.place == planned.plan.place;
-            match again && ended.seat.index < planned.plan.shards {
-                true => ended,
-                false => Taken {
-                    seat: group.next_seat(planned),
-                    worker: ended.worker,
-                },
+        let plan = &planned.plan;
+        let again = Taken {
+            calls: ended.calls.saturating_add(1),
+            ..ended
+        };
+        let stays = ended.seat.place == plan.place && ended.seat.index < plan.shards;
+        let found = match stays && ended.calls < CALLS_IN_A_ROW {
+            true => again,
+            false => {
+                let found = self.find(group, planned, workers);
+                found.unwrap_or_else(|| match stays {
+                    true => again,
+                    false => Taken {
+                        seat: group.next_seat(planned),
+                        calls: 1,
+                        ..ended
+                    },
+                })
             }
-        });
+        };
         self.under_way.push(found);
         Some((batch, found))
     }

@@ -160,11 +160,12 @@ fn a_shard_has_one_call_and_the_queue_has_a_bound() {
     waits(enter(3, 3));
     assert!(matches!(enter(3, 4), Entered::Full));
     let (batch, again) = next(taken).unwrap();
-    assert_eq!((batch.sum, again), (5, taken));
+    assert_eq!((batch.sum, again.seat), (5, taken.seat));
     // Still under way.
     waits(enter(3, 6));
-    assert_eq!(next(again).unwrap().0.sum, 6);
-    assert!(next(again).is_none());
+    let (batch, last) = next(again).unwrap();
+    assert_eq!(batch.sum, 6);
+    assert!(next(last).is_none());
     assert_eq!(goes(enter(3, 7)), taken);
     assert!(combiner.next(&group(Some(4)), other, &Every(1)).is_none());
 }
@@ -177,9 +178,16 @@ fn where_any_shard_will_do_a_worker_has_a_few_calls_and_batches_take_turns() {
     let first: Vec<Taken> = (0..CALLS_PER_WORKER).map(|_| goes(enter())).collect();
     let seats: Vec<u32> = first.iter().map(|taken| taken.seat.index).collect();
     assert_eq!(seats, [0, 1, 2, 3]);
-    (0..5).for_each(|_| waits(enter()));
-    let (batch, taken) = combiner.next(&group(None), first[1], &Every(1)).unwrap();
-    assert_eq!((batch.sum, taken.seat), (5, seat(4)));
+    let mut taken = first[1];
+    for _ in 1..CALLS_IN_A_ROW {
+        (0..5).for_each(|_| waits(enter()));
+        let (batch, again) = combiner.next(&group(None), taken, &Every(1)).unwrap();
+        assert_eq!((batch.sum, again.seat), (5, seat(1)));
+        taken = again;
+    }
+    waits(enter());
+    let (_, next) = combiner.next(&group(None), taken, &Every(1)).unwrap();
+    assert_eq!(next.seat, seat(4));
 }
 
 #[test]
