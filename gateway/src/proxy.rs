@@ -1,6 +1,7 @@
 //! pingora's `ProxyHttp`: a short method per phase. pingora's error type stays in this file and those below
 //! it.
 
+mod admit;
 mod answers;
 mod bounds;
 mod cached;
@@ -11,6 +12,7 @@ mod heads;
 mod letter;
 mod linked;
 mod logged;
+mod problems;
 mod tries;
 
 use std::net::SocketAddr;
@@ -21,8 +23,8 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, EXPECT, HOST};
-use http::{HeaderValue, Method};
+use http::HeaderValue;
+use http::header::{CONTENT_LENGTH, HOST};
 use pingora_cache::key::HashBinary;
 use pingora_cache::{CacheKey, CacheMeta, RespCacheable};
 use pingora_core::protocols::ALPN;
@@ -59,8 +61,9 @@ use crate::shed::Slot;
 use crate::upstream::connections::Connections;
 use crate::upstream::server::Outcome;
 use crate::upstream::{Choice, Upstream};
+use admit::admit;
 use answers::{Answer, compress, receive_rest, refuse, tell_browser};
-use bounds::{BODY_TOO_SLOW, DEADLINE_OVER, check_head};
+use bounds::{DEADLINE_OVER, check_head};
 use cached::Cached;
 pub use dynamic::Dynamic;
 use heads::{
@@ -296,109 +299,6 @@ impl Proxy {
             params: Params::default(),
             shard: None,
             claims: None,
-        }
-    }
-
-    fn too_large(&self) -> Problem {
-        Problem::new(
-            ErrorCode::PayloadTooLarge,
-            format!(
-                "the body is larger than requests.body_bytes_max = {}",
-                self.shared.requests.body_bytes_max
-            ),
-        )
-    }
-
-    /// The problem of a request that did not arrive as it should.
-    fn client_fault(&self, error: &Error) -> Problem {
-        match error.etype() {
-            ErrorType::ReadTimedout | ErrorType::WriteTimedout => self.too_slow(),
-            kind if *kind == BODY_TOO_SLOW => self.too_slow(),
-            kind => Problem::bad_request(format!(
-                "the request is not valid HTTP: {}",
-                error
-                    .context
-                    .as_ref()
-                    .map_or(kind.as_str(), |context| context.as_str())
-            )),
-        }
-    }
-
-    /// The problem that a client is told when pingora gave up.
-    fn problem(&self, error: &Error, request: &Request, method: &Method) -> Problem {
-        if *error.esource() == ErrorSource::Downstream && *error.etype() != BODY_TOO_LARGE {
-            return self.client_fault(error);
-        }
-        let nothing_ran = matches!(request.failure, Some(Failure::NotSent | Failure::NotOwner));
-        if let Some(problem) = request.overdue_problem(nothing_ran) {
-            return problem;
-        }
-        let harmless = nothing_ran || method.is_safe();
-        let unavailable = |detail: String| match harmless {
-            true => Problem::unavailable(detail),
-            false => Problem::outcome_unknown(detail),
-        };
-        match error.etype() {
-            kind if *kind == BODY_TOO_LARGE => match request.body_bytes_max {
-                Some(max) => crate::validate::too_large(max),
-                None => self.too_large(),
-            },
-            kind if *kind == BODY_TOO_SLOW => self.too_slow(),
-            kind if *kind == NOT_OWNER => {
-                unavailable("the shard of this object is moving between workers".to_owned())
-            }
-            kind if *kind == TOKEN_REFUSED => Problem::new(
-                ErrorCode::Internal,
-                "the worker does not accept the cluster token of this gateway",
-            ),
-            kind if *kind == UNROUTABLE => unavailable(
-                error
-                    .context
-                    .as_ref()
-                    .map_or_else(String::new, |context| context.as_str().to_owned()),
-            ),
-            ErrorType::ConnectTimedout
-            | ErrorType::ConnectRefused
-            | ErrorType::ConnectNoRoute
-            | ErrorType::ConnectError
-            | ErrorType::SocketError => unavailable(format!(
-                "{} cannot be reached",
-                request.aim.as_ref().map_or("the upstream", Aim::what)
-            )),
-            ErrorType::ReadTimedout | ErrorType::WriteTimedout => Problem::new(
-                ErrorCode::TimedOut,
-                format!(
-                    "no byte came for requests.silence_max = {:?}; whether the request had an effect is unknown",
-                    self.shared.requests.silence_max
-                ),
-            ),
-            ErrorType::ReadError | ErrorType::WriteError | ErrorType::ConnectionClosed => {
-                unavailable(format!(
-                    "the connection to {} broke; {}",
-                    request.aim.as_ref().map_or("the upstream", Aim::what),
-                    if harmless {
-                        "nothing was changed"
-                    } else {
-                        "whether the request had an effect is unknown"
-                    },
-                ))
-            }
-            ErrorType::TLSHandshakeFailure
-            | ErrorType::TLSHandshakeTimedout
-            | ErrorType::InvalidCert
-            | ErrorType::HandshakeError => unavailable(format!(
-                "{} cannot be reached securely",
-                request.aim.as_ref().map_or("the upstream", Aim::what)
-            )),
-            kind if *error.esource() == ErrorSource::Upstream => unavailable(format!(
-                "{} did not answer as it should: {}",
-                request.aim.as_ref().map_or("the upstream", Aim::what),
-                kind.as_str()
-            )),
-            kind => Problem::new(
-                ErrorCode::Internal,
-                format!("the request failed: {}", kind.as_str()),
-            ),
         }
     }
 }
@@ -854,45 +754,4 @@ impl Proxy {
         head.set_uri(uri(path)?);
         Ok(())
     }
-}
-
-/// Whatever of the rules may have to wait: for an object, or for the client's body.
-async fn admit(session: &mut Session, request: &mut Request, aim: &Aim) -> Result<(), Refusal> {
-    let Some(admission) = &request.admission else {
-        return Ok(());
-    };
-    admission.admit().await?;
-    if admission.needs_body() {
-        let max = admission.body_bytes_max().unwrap_or(0);
-        let body = hold_body(session, max).await?;
-        admission.check_body(&session.req_header().headers, &body)?;
-        request.held = Some(body);
-    }
-    if let Aim::Object { target, .. } = aim
-        && target.ask != Ask::Create
-    {
-        request.creation = admission.charge_creation().await;
-    }
-    Ok(())
-}
-
-/// Receives the body, and leaves it where pingora will find it. At most `max` bytes, which is at most what
-/// pingora holds.
-async fn hold_body(session: &mut Session, max: u64) -> Result<Vec<u8>, Problem> {
-    let broken = |error: Box<Error>| Problem::bad_request(format!("the body broke off: {error}"));
-    if session.req_header().headers.contains_key(EXPECT) {
-        let told = session.downstream_session.write_continue_response().await;
-        told.map_err(broken)?;
-        session.req_header_mut().remove_header(&EXPECT);
-    }
-    let downstream = &mut session.downstream_session;
-    downstream.enable_retry_buffering();
-    let mut body = Vec::new();
-    while let Some(bytes) = downstream.read_request_body().await.map_err(broken)? {
-        body.extend_from_slice(&bytes);
-        if body.len() as u64 > max {
-            return Err(crate::validate::too_large(max));
-        }
-    }
-    Ok(body)
 }
