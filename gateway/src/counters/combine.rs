@@ -5,8 +5,8 @@
 //! and [`CALLS_PER_WORKER`] per worker, so that every worker has something to do while a log syncs. An increment
 //! that finds room goes at once. Those that find none wait, and when a call is back all of them go as one
 //! increment by their sum, to the same shard or, after some of them, to the one whose turn it is, answered when
-//! that is durable. So what a call costs is
-//! shared by all that it carries, however many shards there are, and without a crowd nobody waits.
+//! that is durable. So what a call costs is shared by all that it carries, however many shards there are, and
+//! without a crowd nobody waits.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;

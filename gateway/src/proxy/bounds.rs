@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use pingora_core::upstreams::peer::PeerOptions;
 use pingora_core::{Error, ErrorType, Result};
 use pingora_http::RequestHeader;
@@ -11,7 +11,7 @@ use pingora_proxy::Session;
 use protocol::{ErrorCode, Problem};
 use tokio::time::Instant;
 
-use super::{Aim, Proxy, Request};
+use super::{Aim, Proxy, Request, refuse};
 use crate::config::ConnectionsConfig;
 use crate::deadline;
 use crate::metrics::Cut;
@@ -133,12 +133,29 @@ impl Proxy {
         Ok(())
     }
 
-    /// Receives the rest of a body that goes over a link.
-    pub(super) async fn receive_body(
+    /// The whole body of a request that goes as one message, and a slot at its target; `None` if it was refused.
+    pub(super) async fn prepare(
         &self,
         session: &mut Session,
         request: &mut Request,
-    ) -> Result<BytesMut> {
+        bytes: usize,
+    ) -> Result<Option<Bytes>> {
+        let body = match &request.held {
+            Some(held) => Bytes::copy_from_slice(held),
+            None if bytes == 0 => Bytes::new(),
+            None => self.receive_body(session, request).await?.freeze(),
+        };
+        match self.take_slot(request) {
+            Ok(()) => Ok(Some(body)),
+            Err(problem) => {
+                refuse(session, request, &problem.into()).await?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Receives the rest of a body.
+    async fn receive_body(&self, session: &mut Session, request: &mut Request) -> Result<BytesMut> {
         let mut body = BytesMut::new();
         // HTTP/2 has no bound of its own on silence.
         let stall_max = self.shared.connections.stall_max;
@@ -188,13 +205,17 @@ impl Request {
         Some(deadline::problem(self.begun, deadline, nothing_ran))
     }
 
+    /// Until the deadline, if there is one. Never nothing: as a timeout, that would be none.
+    pub(super) fn time_left(&self) -> Option<Duration> {
+        let left = self.deadline.map(deadline::left);
+        left.map(|left| left.max(Duration::from_millis(1)))
+    }
+
     /// No phase of a try may take longer than what is left.
     pub(super) fn bound_peer(&self, options: &mut PeerOptions) {
-        let Some(deadline) = self.deadline else {
+        let Some(left) = self.time_left() else {
             return;
         };
-        // A timeout of nothing would be none.
-        let left = deadline::left(deadline).max(Duration::from_millis(1));
         for timeout in [
             &mut options.connection_timeout,
             &mut options.total_connection_timeout,

@@ -17,8 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::bounds::{DEADLINE_OVER, while_there};
 use super::letter::Letter;
-use super::{Aim, Proxy, Request, refuse};
-use crate::deadline;
+use super::{Aim, Proxy, Request};
 use crate::link::forward::body_bytes;
 use crate::upstream::answer::{self, PlainAnswer, Received};
 
@@ -43,11 +42,7 @@ struct Patience {
 impl Patience {
     /// None longer than what is left until the deadline.
     fn new(options: &PeerOptions, request: &Request) -> Self {
-        // A timeout of nothing would be none.
-        let left = request
-            .deadline
-            .map_or(Duration::MAX, deadline::left)
-            .max(Duration::from_millis(1));
+        let left = request.time_left().unwrap_or(Duration::MAX);
         let at_most = |wait: Option<Duration>| wait.map_or(left, |wait| wait.min(left));
         Self {
             connect: at_most(options.connection_timeout),
@@ -87,15 +82,9 @@ impl Proxy {
         let Some(bytes) = bytes.filter(|_| possible) else {
             return Ok(false);
         };
-        let body = match &request.held {
-            Some(held) => Bytes::copy_from_slice(held),
-            None if bytes == 0 => Bytes::new(),
-            None => self.receive_body(session, request).await?.freeze(),
-        };
-        if let Err(problem) = self.take_slot(request) {
-            refuse(session, request, &problem.into()).await?;
+        let Some(body) = self.prepare(session, request, bytes).await? else {
             return Ok(true);
-        }
+        };
         loop {
             match self.try_direct(session, request, &body).await {
                 Ok(()) => return Ok(true),

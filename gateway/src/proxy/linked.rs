@@ -1,6 +1,5 @@
 //! Requests for objects that go over a link: pingora has read the head, and writes the answer.
 
-use bytes::BytesMut;
 use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use pingora_core::{Error, ErrorType, OrErr, Result};
@@ -34,18 +33,13 @@ impl Proxy {
         let Some(bytes) = bytes.filter(|_| self.shared.requests.links) else {
             return Ok(false);
         };
-        let mut body = BytesMut::new();
-        if let Some(held) = &request.held {
-            body.extend_from_slice(held);
-        } else if bytes > 0 {
+        if bytes > 0 && request.held.is_none() {
             // If there is no link after all, pingora sends it from there.
             session.downstream_session.enable_retry_buffering();
-            body = self.receive_body(session, request).await?;
         }
-        if let Err(problem) = self.take_slot(request) {
-            refuse(session, request, &problem.into()).await?;
+        let Some(body) = self.prepare(session, request, bytes).await? else {
             return Ok(true);
-        }
+        };
         let Some(Aim::Object { target, .. }) = &request.aim else {
             return Ok(false);
         };
