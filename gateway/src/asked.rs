@@ -49,13 +49,18 @@ impl<'a> Asked<'a> {
     /// The first value of a query parameter, decoded like a form (`+` is a space). `None` too if it
     /// is not UTF-8. Allocates only when something is encoded.
     pub fn query_value(&self, name: &str) -> Option<Cow<'a, str>> {
-        let pairs = self.query?.split('&');
-        let mut pairs = pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-        let (_, value) = pairs.find(|(found, _)| {
-            *found == name
-                || (found.contains(['%', '+']) && decode_form(found).is_some_and(|key| key == name))
-        })?;
-        decode_form(value)
+        let mut rest = Some(self.query?);
+        while let Some(pairs) = rest {
+            let (pair, after) = cut(pairs, b'&');
+            let (found, value) = cut(pair, b'=');
+            let is_it = found == name
+                || (is_encoded(found) && decode_form(found).is_some_and(|key| key == name));
+            if is_it {
+                return decode_form(value.unwrap_or_default());
+            }
+            rest = after;
+        }
+        None
     }
 
     /// The first line of a header, if it is UTF-8.
@@ -96,8 +101,24 @@ pub fn decode(text: &str) -> Option<Cow<'_, str>> {
     percent_decode_str(text).decode_utf8().ok()
 }
 
+/// What stands before and after the first `byte` of ASCII. For short texts: `str::split_once` prepares more than
+/// it saves.
+fn cut(text: &str, byte: u8) -> (&str, Option<&str>) {
+    match text.bytes().position(|found| found == byte) {
+        Some(at) => (&text[..at], Some(&text[at + 1..])),
+        None => (text, None),
+    }
+}
+
+fn is_encoded(text: &str) -> bool {
+    text.bytes().any(|byte| byte == b'%' || byte == b'+')
+}
+
 /// The decoding of `application/x-www-form-urlencoded` (WHATWG URL, 5.1), but strict in UTF-8.
 fn decode_form(text: &str) -> Option<Cow<'_, str>> {
+    if !is_encoded(text) {
+        return Some(Cow::Borrowed(text));
+    }
     if text.contains('+') {
         let spaced = text.replace('+', " ");
         return decode(&spaced).map(|decoded| Cow::Owned(decoded.into_owned()));

@@ -289,7 +289,7 @@ impl Connection {
         drop(digest.peer_addr.set(Some(client.into())));
         let mut stream = Stream::from(self.stream);
         stream.set_socket_digest(digest);
-        let watch = HeadWatch::new(&self.shared.connections, &self.shared.metrics);
+        let watch = HeadWatch::new(&self.shared.connections, &self.shared.metrics, client.ip());
         Ok(match tls {
             Some(acceptor) => {
                 let secured = tokio::time::timeout(HANDSHAKE_MAX, handshake(&acceptor, stream));

@@ -42,7 +42,7 @@ impl RouteLabel {
 /// The metrics of one gateway, shared by its threads.
 pub struct Metrics {
     registry: Arc<Registry>,
-    requests: DashMap<(RouteLabel, Code), Requests>,
+    requests: DashMap<(RouteLabel, Code), Requests, foldhash::fast::RandomState>,
     cached: DashMap<(RouteLabel, &'static str), Counter>,
     pub connections: Gauge,
     pub connections_total: Counter,
@@ -170,7 +170,7 @@ impl Metrics {
             describe();
             Self {
                 registry,
-                requests: DashMap::new(),
+                requests: DashMap::default(),
                 cached: DashMap::new(),
                 connections: gauge!("gateway_connections"),
                 connections_total: counter!("gateway_connections_total"),

@@ -47,7 +47,7 @@ use crate::counters::ask::CounterAsk;
 use crate::counters::plans::Plans;
 use crate::deadline;
 use crate::downstream::crowd::Crowd;
-use crate::downstream::head::Phase;
+use crate::downstream::head::Carrier;
 use crate::hot::Hot;
 use crate::limit;
 use crate::link::Links;
@@ -60,7 +60,7 @@ use crate::rules::{Admission, Creation};
 use crate::shed::Slot;
 use crate::upstream::connections::Connections;
 use crate::upstream::server::Outcome;
-use crate::upstream::{Choice, Upstream};
+use crate::upstream::{Choice, Selector, Upstream};
 use admit::admit;
 use answers::{Answer, compress, receive_rest, refuse, tell_browser};
 use bounds::{DEADLINE_OVER, check_head};
@@ -110,7 +110,7 @@ pub struct Proxy {
 /// One request on its way.
 pub struct Request {
     begun: Instant,
-    id: String,
+    id: u64,
     trace: TraceParent,
     aim: Option<Aim>,
     /// Rules that it keeps, as far as known before it waited for anything.
@@ -138,6 +138,11 @@ pub struct Request {
 }
 
 impl Request {
+    /// As others know it.
+    fn id(&self) -> String {
+        format!("{:016x}", self.id)
+    }
+
     /// The object has answered, and whether it is a new one is known.
     fn settle_creation(&mut self, created: bool) {
         if let Creation::Charged(taken) = std::mem::replace(&mut self.creation, Creation::Free)
@@ -166,6 +171,7 @@ struct AppAim {
     upstream: Arc<Upstream>,
     /// Instead of what the client asked for.
     path_and_query: Option<String>,
+    selector: Selector,
     /// For the present try.
     choice: Option<Choice>,
     /// Servers of earlier tries.
@@ -173,6 +179,15 @@ struct AppAim {
 }
 
 impl AppAim {
+    /// A server for this try, not one that was tried if there are others.
+    fn choose_server(&mut self) -> &Choice {
+        if let Some(choice) = self.choice.take() {
+            self.tried.push(choice.picked.server.address);
+        }
+        let choice = self.upstream.pick(&self.selector, &self.tried);
+        self.choice.insert(choice)
+    }
+
     fn report(&self, outcome: Outcome) {
         if let Some(choice) = &self.choice {
             self.upstream.report(&choice.picked.server, outcome);
@@ -253,6 +268,7 @@ impl Proxy {
                     Ok(Aim::App(Box::new(AppAim {
                         upstream: Arc::clone(upstream),
                         path_and_query,
+                        selector: upstream.selector(&asked),
                         choice: None,
                         tried: Vec::new(),
                     })))
@@ -323,7 +339,7 @@ impl ProxyHttp for Proxy {
         let mut random = rand::rng();
         Box::new(Request {
             begun: Instant::now(),
-            id: format!("{:016x}", random.random::<u64>()),
+            id: random.random(),
             trace: TraceParent {
                 trace: random.random::<u128>() | 1,
                 span: random.random::<u64>() | 1,
@@ -356,7 +372,9 @@ impl ProxyHttp for Proxy {
         // A client may send its next request before the answer (RFC 9112, 9.3.2).
         session.downstream_session.set_pipelining_enabled(true);
         if session.subrequest_ctx.is_none() {
-            Phase::set(session, true);
+            if let Some(carrier) = Carrier::of(session) {
+                carrier.set_phase(true);
+            }
             self.bound_client(session);
         }
         let given = session
@@ -508,7 +526,7 @@ impl ProxyHttp for Proxy {
                 Ok(Box::new(peer))
             }
             Some(Aim::App(app)) => {
-                let choice = self.choose_server(session, &request.admission, app);
+                let choice = app.choose_server();
                 let mut peer = choice.picked.server.peer.clone();
                 if session.is_upgrade_req() {
                     // HTTP/2 has no such upgrade.
@@ -678,7 +696,9 @@ impl ProxyHttp for Proxy {
             self.shared.metrics.cache.refreshes.increment(1);
             return;
         }
-        Phase::set(session, false);
+        if let Some(carrier) = Carrier::of(session) {
+            carrier.set_phase(false);
+        }
         request
             .cached
             .count(session, &self.shared.metrics, &request.label);
@@ -718,7 +738,7 @@ impl Proxy {
         head.insert_header(headers::SHARD, HeaderValue::from(owner.shard.0))?;
         head.insert_header(headers::EPOCH, HeaderValue::from(owner.epoch.0.get()))?;
         head.insert_header(headers::COLO, request.colo.as_str())?;
-        head.insert_header(headers::REQUEST, request.id.as_str())?;
+        head.insert_header(headers::REQUEST, request.id())?;
         if let Some(deadline) = request.deadline {
             let left_ms = deadline::left(deadline).as_millis().max(1);
             head.insert_header(headers::TIMEOUT, left_ms.to_string())?;

@@ -85,6 +85,15 @@ pub struct ServerState {
     pub well: bool,
 }
 
+/// What of a request decides which server it goes to.
+#[derive(Debug, Default)]
+pub struct Selector {
+    /// What is hashed; `None` where nothing is, and where the request lacks it.
+    key: Option<String>,
+    /// Of the server that a cookie names.
+    tag: Option<String>,
+}
+
 /// A server for one try.
 pub struct Choice {
     pub picked: Picked,
@@ -249,22 +258,36 @@ impl Upstream {
         spent
     }
 
+    /// What [`pick`](Self::pick) has to know of a request.
+    pub fn selector(&self, asked: &Asked<'_>) -> Selector {
+        let key = self.compiled.key.as_ref().and_then(|template| {
+            let mut key = String::new();
+            template.render(asked, &mut key).ok().map(|()| key)
+        });
+        let sticky = non_empty(&self.config.sticky_cookie);
+        let tag = sticky.and_then(|name| asked.cookie_value(name));
+        Selector {
+            key,
+            tag: tag.map(ToOwned::to_owned),
+        }
+    }
+
     /// A server for this request, not one of those that were `tried` if there are others.
-    pub fn pick(&self, asked: &Asked<'_>, tried: &[SocketAddr]) -> Choice {
+    pub fn pick(&self, selector: &Selector, tried: &[SocketAddr]) -> Choice {
         let servers = self.servers.load();
         let untried = |server: &Server| !tried.contains(&server.address);
         let sticky = non_empty(&self.config.sticky_cookie);
-        let tag = sticky.and_then(|name| asked.cookie_value(name));
+        let tag = selector.tag.as_deref();
         let stuck = tag.and_then(|tag| servers.by_tag(tag));
         let stuck = stuck.filter(|server| server.is_available() && untried(server));
         let server = stuck
             .or_else(|| {
-                self.choose(&servers, asked, &|server| {
+                self.choose(&servers, selector, &|server| {
                     server.is_available() && untried(server)
                 })
             })
-            .or_else(|| self.choose(&servers, asked, &untried))
-            .or_else(|| self.choose(&servers, asked, &|_| true))
+            .or_else(|| self.choose(&servers, selector, &untried))
+            .or_else(|| self.choose(&servers, selector, &|_| true))
             .unwrap_or(&servers.list[0]);
         let set_cookie = sticky.filter(|_| tag != Some(server.tag.as_str()));
         let set_cookie = set_cookie.and_then(|name| {
@@ -284,21 +307,15 @@ impl Upstream {
     fn choose<'a>(
         &self,
         servers: &'a Servers,
-        asked: &Asked<'_>,
+        selector: &Selector,
         usable: &dyn Fn(&Server) -> bool,
     ) -> Option<&'a Arc<Server>> {
-        let keyed = |choose: &dyn Fn(&[u8]) -> Option<&'a Arc<Server>>| {
-            let mut key = String::new();
-            match self.compiled.key.as_ref()?.render(asked, &mut key) {
-                Ok(()) => choose(key.as_bytes()),
-                Err(_) => None,
-            }
-        };
+        let key = selector.key.as_ref().map(String::as_bytes);
         let chosen = match self.config.balance {
             Balance::RoundRobin => None,
             Balance::LeastConnections => servers.least_active(usable),
-            Balance::Hash => keyed(&|key| servers.by_key(key, usable)),
-            Balance::BoundedHash => keyed(&|key| {
+            Balance::Hash => key.and_then(|key| servers.by_key(key, usable)),
+            Balance::BoundedHash => key.and_then(|key| {
                 let bounded = servers.by_key_bounded(key, self.config.load_max, usable);
                 bounded.or_else(|| servers.by_key(key, usable))
             }),

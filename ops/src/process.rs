@@ -66,7 +66,7 @@ pub fn begin(
     level: &str,
 ) -> Result<tokio::runtime::Runtime, Box<dyn Error + Send + Sync>> {
     // What a client does wrong is not worth a line each; the gateway counts and answers it.
-    let usual = format!("{level},pingora_core=off,pingora_proxy=off");
+    let usual = format!("{level},pingora_core=off,pingora_proxy=off,h2=off");
     crate::logs::start(log.log_format, log.log.as_deref().unwrap_or(&usual))?;
     raise_descriptor_limit();
     let mut builder = tokio::runtime::Builder::new_current_thread();

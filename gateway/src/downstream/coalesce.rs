@@ -205,7 +205,11 @@ mod tests {
         let (client, accepted) = tokio::join!(client, listener.accept());
         let stream = pingora_core::protocols::l4::stream::Stream::from(accepted.unwrap().0);
         let metrics = Metrics::new(Arc::default());
-        let watch = HeadWatch::new(&ConnectionsConfig::default(), &metrics);
+        let watch = HeadWatch::new(
+            &ConnectionsConfig::default(),
+            &metrics,
+            [192, 0, 2, 1].into(),
+        );
         (Coalesced::new(Box::new(stream), watch), client.unwrap())
     }
 

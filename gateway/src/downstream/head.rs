@@ -6,6 +6,7 @@
 //! counting.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,35 +23,47 @@ use tokio::time::Sleep;
 use crate::config::ConnectionsConfig;
 use crate::metrics::{Cut, Metrics};
 
-/// Where a connection is; the proxy says so. Counts beginnings and ends of requests: odd is within one.
-#[derive(Debug, Default)]
-pub(crate) struct Phase(AtomicU64);
+/// What a connection and the requests on it know of each other.
+#[derive(Debug)]
+pub(crate) struct Carrier {
+    /// Counts beginnings and ends of requests, as the proxy says: odd is within one.
+    phase: AtomicU64,
+    /// The address of its other end, without the port, as apps are told.
+    client: Box<str>,
+}
 
-impl Phase {
-    /// Tells the connection of a session.
-    pub(crate) fn set(session: &Session, in_request: bool) {
-        let digest = session.digest().and_then(|all| all.proxy_digest.as_ref());
-        let phase =
-            digest.and_then(|digest| digest.user_data.as_ref()?.downcast_ref::<Arc<Self>>());
-        if let Some(phase) = phase {
-            let count = phase.0.load(Ordering::Relaxed);
-            let changes = (count % 2 == 1) != in_request;
-            phase.0.store(count + u64::from(changes), Ordering::Relaxed);
-        }
+impl Carrier {
+    /// Of the connection that a session is on, unless that is HTTP/2.
+    pub(crate) fn of(session: &Session) -> Option<&Self> {
+        let digest = session.digest()?.proxy_digest.as_ref()?;
+        let carrier = digest.user_data.as_ref()?.downcast_ref::<Arc<Self>>()?;
+        Some(carrier)
+    }
+
+    /// Tells the connection whether a request is on it.
+    pub(crate) fn set_phase(&self, in_request: bool) {
+        let count = self.phase.load(Ordering::Relaxed);
+        let changes = (count % 2 == 1) != in_request;
+        self.phase
+            .store(count + u64::from(changes), Ordering::Relaxed);
+    }
+
+    pub(crate) fn client(&self) -> &str {
+        &self.client
     }
 }
 
 /// Watches over the heads of one connection.
 #[derive(Debug)]
 pub(super) struct HeadWatch {
-    phase: Arc<Phase>,
-    /// How pingora finds `phase`.
+    carrier: Arc<Carrier>,
+    /// How requests find `carrier`.
     pub(super) digest: Arc<ProxyDigest>,
     bytes_max: usize,
     time_max: Duration,
     slow: Counter,
     large: Counter,
-    /// The count of `phase` when something was read last.
+    /// The count of the carrier when something was read last.
     seen: u64,
     /// Of the head that arrives.
     bytes: usize,
@@ -59,14 +72,17 @@ pub(super) struct HeadWatch {
 }
 
 impl HeadWatch {
-    pub(super) fn new(config: &ConnectionsConfig, metrics: &Metrics) -> Self {
-        let phase = Arc::new(Phase::default());
+    pub(super) fn new(config: &ConnectionsConfig, metrics: &Metrics, client: IpAddr) -> Self {
+        let carrier = Arc::new(Carrier {
+            phase: AtomicU64::new(0),
+            client: client.to_string().into(),
+        });
         let digest = ProxyDigest::new(
             Box::new(ResponseHeader::build(200, Some(0)).expect("200 is a status")),
-            Some(Box::new(Arc::clone(&phase))),
+            Some(Box::new(Arc::clone(&carrier))),
         );
         Self {
-            phase,
+            carrier,
             digest: Arc::new(digest),
             bytes_max: config.head_bytes_max as usize,
             time_max: config.head_max,
@@ -81,7 +97,7 @@ impl HeadWatch {
     /// Before more is read of a head: the answer, if it is too large already. What was read last may have been
     /// more than the rest of it, but then nothing more would be read of it.
     pub(super) fn before_read(&mut self) -> Option<Vec<u8>> {
-        let count = self.phase.0.load(Ordering::Relaxed);
+        let count = self.carrier.phase.load(Ordering::Relaxed);
         if count != self.seen {
             // Though nothing may have been read within a request that was refused at once.
             self.seen = count;

@@ -49,14 +49,19 @@ pub(crate) fn body_bytes(headers: &HeaderMap, is_empty: bool) -> Option<usize> {
         let value = value.as_bytes();
         value.eq_ignore_ascii_case(b"keep-alive") || value.eq_ignore_ascii_case(b"close")
     };
-    let simple = headers.get_all(CONNECTION).iter().all(closes_or_not)
-        && ![UPGRADE, EXPECT, TE, TRAILER, TRANSFER_ENCODING]
-            .iter()
-            .any(|name| headers.contains_key(name));
-    if !simple {
-        return None;
+    let mut length = None;
+    for (name, value) in headers {
+        if *name == CONTENT_LENGTH {
+            length = length.or(Some(value));
+        } else if *name == CONNECTION {
+            if !closes_or_not(value) {
+                return None;
+            }
+        } else if [UPGRADE, EXPECT, TE, TRAILER, TRANSFER_ENCODING].contains(name) {
+            return None;
+        }
     }
-    match headers.get(CONTENT_LENGTH) {
+    match length {
         None => is_empty.then_some(0),
         Some(length) => {
             let bytes = length.to_str().ok()?.parse().ok()?;

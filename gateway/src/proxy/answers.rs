@@ -9,8 +9,8 @@ use http::header::{
     STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
 };
 use http::{HeaderValue, Method, StatusCode};
-use pingora_core::Result;
 use pingora_core::modules::http::compression::ResponseCompression;
+use pingora_core::{Error, Result};
 use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
 use protocol::headers;
@@ -63,13 +63,7 @@ impl Answer {
             || body.is_empty()
             || status == StatusCode::NO_CONTENT
             || status == StatusCode::NOT_MODIFIED;
-        session
-            .write_response_header(Box::new(head), bodiless)
-            .await?;
-        if !bodiless {
-            session.write_response_body(Some(body), true).await?;
-        }
-        Ok(())
+        write_whole(session, head, (!bodiless).then_some(body)).await
     }
 }
 
@@ -81,7 +75,7 @@ pub(super) async fn refuse(
 ) -> Result<()> {
     let problem = &refusal.problem;
     request.refused = Some(problem.code);
-    let (kind, body) = refusal.body(&session.req_header().headers, &request.id);
+    let (kind, body) = refusal.body(&session.req_header().headers, &request.id());
     let body = Bytes::from(body);
     let mut head = ResponseHeader::build(problem.code.status(), Some(8))?;
     head.insert_header(CONTENT_TYPE, kind)?;
@@ -95,13 +89,24 @@ pub(super) async fn refuse(
     }
     tell_browser(&mut head, &request.grant)?;
     let bodiless = session.req_header().method == Method::HEAD;
-    session
-        .write_response_header(Box::new(head), bodiless)
-        .await?;
-    if !bodiless {
-        session.write_response_body(Some(body), true).await?;
+    write_whole(session, head, (!bodiless).then_some(body)).await
+}
+
+/// Writes an answer. Whatever fails of that is the client's: with HTTP/2, pingora does not say so.
+async fn write_whole(
+    session: &mut Session,
+    head: ResponseHeader,
+    body: Option<Bytes>,
+) -> Result<()> {
+    let written = session.write_response_header(Box::new(head), body.is_none());
+    written.await.map_err(Error::into_down)?;
+    match body {
+        None => Ok(()),
+        Some(body) => {
+            let written = session.write_response_body(Some(body), true);
+            written.await.map_err(Error::into_down)
+        }
     }
-    Ok(())
 }
 
 /// Receives and forgets a body that nobody wants, for a while. If the connection were closed under the

@@ -26,7 +26,7 @@ impl Proxy {
     ) -> Result<bool> {
         receive_rest(session).await;
         let origin = Origin {
-            request: request.id.clone(),
+            request: request.id(),
             trace: request.trace,
             colo: request.colo,
             deadline: request.deadline,

@@ -13,6 +13,8 @@ use pingora_core::upstreams::peer::PeerOptions;
 use pingora_core::{Error, ErrorType, OrErr, Result, RetryType};
 use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
+// A timer only for what has to wait, and one for all that end in the same 10 ms.
+use pingora_timeout::timeout;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::bounds::{DEADLINE_OVER, while_there};
@@ -104,7 +106,7 @@ impl Proxy {
         let Some(Aim::App(app)) = request.aim.as_mut() else {
             return Err(Error::explain(ErrorType::InternalError, "not routed"));
         };
-        let choice = self.choose_server(session, &request.admission, app);
+        let choice = app.choose_server();
         let server = Arc::clone(&choice.picked.server);
         let letter = match &request.aim {
             Some(Aim::App(app)) => Letter::new(session, app),
@@ -269,14 +271,14 @@ async fn begin(
     letter: BytesMut,
     patience: Patience,
 ) -> Result<Beginning> {
-    let sending = tokio::time::timeout(patience.write, stream.write_all(&letter));
+    let sending = timeout(patience.write, stream.write_all(&letter));
     let slow = |_| Error::explain(ErrorType::WriteTimedout, "a request").into_up();
     sending
         .await
         .map_err(slow)?
         .map_err(|error| stale(ErrorType::WriteError, Some(error)))?;
     drop(letter);
-    let reading = tokio::time::timeout(patience.read, read_head(stream));
+    let reading = timeout(patience.read, read_head(stream));
     while_there(session, async {
         let slow = |_| Error::explain(ErrorType::ReadTimedout, "the head of an answer").into_up();
         reading.await.map_err(slow)?
@@ -327,7 +329,7 @@ async fn read_head(stream: &mut Stream) -> Result<Beginning> {
 async fn read_part(stream: &mut Stream, left: u64, wait: Duration) -> Result<Bytes> {
     let most = usize::try_from(left).map_or(READ_BYTES_MAX, |left| left.min(READ_BYTES_MAX));
     let mut part = BytesMut::with_capacity(most).limit(most);
-    let reading = tokio::time::timeout(wait, stream.read_buf(&mut part));
+    let reading = timeout(wait, stream.read_buf(&mut part));
     let slow = |_| Error::explain(ErrorType::ReadTimedout, "the body of an answer").into_up();
     let read = reading.await.map_err(slow)?;
     let read = read.or_err(ErrorType::ReadError, "the body of an answer");

@@ -1,5 +1,6 @@
 //! Heads of requests and answers on their way through: what is read of them, what is added and removed.
 
+use std::borrow::Cow;
 use std::net::IpAddr;
 
 use http::header::{CONNECTION, COOKIE, HOST, UPGRADE};
@@ -8,6 +9,8 @@ use pingora_core::{ErrorType, OrErr, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::Session;
 use protocol::{Problem, headers};
+
+use crate::downstream::head::Carrier;
 
 pub(super) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 pub(super) const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -37,6 +40,14 @@ pub(super) fn host(head: &RequestHeader) -> Option<&str> {
 pub(super) fn is_secure(session: &Session) -> bool {
     let digest = session.digest();
     digest.is_some_and(|digest| digest.ssl_digest.is_some())
+}
+
+/// The address of the other end of the connection, as apps are told.
+pub(super) fn client_text(session: &Session) -> Option<Cow<'_, str>> {
+    match Carrier::of(session) {
+        Some(carrier) => Some(carrier.client().into()),
+        None => Some(peer_ip(session)?.to_string().into()),
+    }
 }
 
 /// The other end of the connection.
@@ -112,11 +123,11 @@ pub(super) fn join_cookies(head: &mut RequestHeader) -> Result<()> {
 
 /// Tells an app who asked, by the names that proxies have always used.
 pub(super) fn forwarded(session: &Session, head: &mut RequestHeader) -> Result<()> {
-    if let Some(client) = peer_ip(session).map(|client| client.to_string()) {
+    if let Some(client) = client_text(session) {
         // One chain, however many lines it came in.
         let known = head.headers.get_all(FORWARDED_FOR).iter();
         let known = known.filter_map(|line| line.to_str().ok());
-        let chain: Vec<&str> = known.chain([client.as_str()]).collect();
+        let chain: Vec<&str> = known.chain([&*client]).collect();
         let chain = chain.join(", ");
         head.insert_header(FORWARDED_FOR, chain)?;
     }

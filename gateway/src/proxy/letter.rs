@@ -9,7 +9,7 @@ use pingora_http::RequestHeader;
 use pingora_proxy::Session;
 use protocol::headers;
 
-use super::heads::{FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PROTO, is_secure, peer_ip};
+use super::heads::{FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PROTO, client_text, is_secure};
 use super::{AppAim, Request};
 use crate::deadline;
 
@@ -69,7 +69,7 @@ impl<'a> Letter<'a> {
             &HOST,
             host.map_or(self.host, |host| host.as_bytes()),
         );
-        let client = peer_ip(self.session);
+        let client = client_text(self.session);
         for (name, value) in &self.head.headers {
             let replaced = *name == HOST
                 || *name == CONTENT_LENGTH
@@ -91,10 +91,8 @@ impl<'a> Letter<'a> {
             cookies.map(|value| value.as_bytes()),
             b"; ",
         );
-        let traceparent = format_args!("{}: {}\r\n", headers::TRACEPARENT, request.trace);
         if let Some(client) = client {
             // One chain, however many lines it came in.
-            let client = client.to_string();
             let known = self.head.headers.get_all(FORWARDED_FOR).iter();
             let known = known.filter_map(|line| Some(line.to_str().ok()?.as_bytes()));
             let chain = known.chain([client.as_bytes()]);
@@ -106,7 +104,8 @@ impl<'a> Letter<'a> {
             false => b"http",
         };
         header(&mut to, &FORWARDED_PROTO, proto);
-        to.write_fmt(traceparent).expect(GROWS);
+        let trace = request.trace.to_bytes();
+        header(&mut to, &headers::TRACEPARENT, &trace);
         if let Some(deadline) = request.deadline {
             let left = deadline::write(deadline::left(deadline));
             header(&mut to, &deadline::TIMEOUT, left.as_bytes());

@@ -54,7 +54,7 @@ impl Proxy {
             method: &method,
             headers: &headers,
             body: &body,
-            request: &request.id,
+            request: &request.id(),
             trace: request.trace,
             colo: request.colo,
             deadline: request.deadline,
@@ -126,20 +126,25 @@ async fn pass_answer(
     }
     request.cached.learn(shared.cache, &mut made);
     tell_browser(&mut made, &request.grant)?;
-    session.write_response_header(Box::new(made), empty).await?;
+    let written = session.write_response_header(Box::new(made), empty);
+    written.await.map_err(Error::into_down)?;
     if empty {
         return Ok(());
     }
     if head.is_end {
         let body = head.bytes(response.body);
-        return session.write_response_body(Some(body), true).await;
+        let written = session.write_response_body(Some(body), true);
+        return written.await.map_err(Error::into_down);
     }
     loop {
         let data = by(request.deadline, exchange.data()).await;
         let data = data.ok_or_else(|| Error::new(DEADLINE_OVER))?;
-        match data.or_err(ErrorType::ReadError, "the body of an object")? {
-            Some(data) => session.write_response_body(Some(data), false).await?,
-            None => return session.write_response_body(None, true).await,
+        let data = data.or_err(ErrorType::ReadError, "the body of an object")?;
+        let is_last = data.is_none();
+        let written = session.write_response_body(data, is_last);
+        written.await.map_err(Error::into_down)?;
+        if is_last {
+            return Ok(());
         }
     }
 }

@@ -24,7 +24,7 @@ impl Proxy {
     ) {
         log.write(&Line {
             time: access_log::now(),
-            request: &request.id,
+            request: &request.id(),
             trace: format!("{:032x}", request.trace.trace),
             client: asked.client,
             method: asked.method.as_str(),
@@ -61,7 +61,7 @@ pub(super) fn log(
     took: Duration,
 ) {
     debug!(
-        request = request.id,
+        request = format_args!("{:016x}", request.id),
         trace = format_args!("{:032x}", request.trace.trace),
         span = format_args!("{:016x}", request.trace.span),
         method = %session.req_header().method,

@@ -10,10 +10,8 @@ use protocol::{ErrorCode, headers};
 
 use super::answers::{secure_headers, tell_browser};
 use super::heads::{is_secure, strip_response};
-use super::{Aim, AppAim, BAD_STATUS, NOT_OWNER, Proxy, Request, TOKEN_REFUSED, cached};
+use super::{Aim, BAD_STATUS, NOT_OWNER, Proxy, Request, TOKEN_REFUSED, cached};
 use crate::retry::{self, Failure};
-use crate::rules::Admission;
-use crate::upstream::Choice;
 use crate::upstream::server::Outcome;
 
 impl Proxy {
@@ -25,21 +23,6 @@ impl Proxy {
         }
         request.tries += 1;
         request.failure = None;
-    }
-
-    /// A server for this try, not one that was tried if there are others.
-    pub(super) fn choose_server<'a>(
-        &self,
-        session: &Session,
-        admission: &Option<Admission>,
-        app: &'a mut AppAim,
-    ) -> &'a Choice {
-        if let Some(choice) = app.choice.take() {
-            app.tried.push(choice.picked.server.address);
-        }
-        let mut asked = self.asked(session, &self.shared.dynamic.load());
-        asked.claims = admission.as_ref().and_then(Admission::claims);
-        app.choice.insert(app.upstream.pick(&asked, &app.tried))
     }
 
     /// There is no connection.

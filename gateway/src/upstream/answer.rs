@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
-use http::{HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use pingora_http::ResponseHeader;
 
 /// Most headers of an answer that is read here.
@@ -60,8 +60,9 @@ fn plain(
     if parsed.version != Some(1) {
         return None;
     }
-    let mut head = ResponseHeader::build_no_case(status, Some(parsed.headers.len() + 4)).ok()?;
-    head.set_reason_phrase(parsed.reason).ok()?;
+    let status = StatusCode::from_u16(status).ok()?;
+    // Not with pingora's methods, which keep two maps in step.
+    let mut headers = HeaderMap::with_capacity(parsed.headers.len() + 4);
     let mut length = None;
     let mut keeps = true;
     for header in parsed.headers.iter() {
@@ -80,12 +81,16 @@ fn plain(
             continue;
         }
         let value = HeaderValue::from_maybe_shared(bytes.slice_ref(header.value)).ok()?;
-        head.append_header(name, value).ok()?;
+        headers.append(name, value);
     }
     let body_bytes = match status {
-        204 | 304 => 0,
+        StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED => 0,
         _ => length?,
     };
+    let (mut parts, ()) = http::Response::new(()).into_parts();
+    (parts.status, parts.headers) = (status, headers);
+    let mut head = ResponseHeader::from(parts);
+    head.set_reason_phrase(parsed.reason).ok()?;
     Some(PlainAnswer {
         head,
         head_bytes,

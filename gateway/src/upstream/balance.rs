@@ -1,10 +1,10 @@
 //! Which server of a pool: pure but for counters.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use foldhash::HashMap;
 use pingora_ketama::{Bucket, Continuum};
 
 use super::server::Server;
@@ -192,7 +192,7 @@ mod tests {
     #[test]
     fn a_key_has_one_server_and_moves_only_if_that_is_out() {
         let pool = pool(&[1, 1, 1, 1], Balance::Hash);
-        let mut counts = HashMap::new();
+        let mut counts = HashMap::default();
         for number in 0..10_000 {
             let key = format!("key-{number}");
             let home = pool.by_key(key.as_bytes(), any).unwrap();

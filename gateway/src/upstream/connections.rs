@@ -4,7 +4,7 @@
 //! cost. Here nobody watches: news of a connection waits in the reactor, and is looked at when the connection is
 //! wanted, and every second. Looking at a connection without news makes no system call.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use foldhash::HashMap;
 use pingora_core::protocols::l4::stream::Stream;
 use pingora_core::{Error, ErrorType, Result};
 use tokio::io::{AsyncRead, ReadBuf};
