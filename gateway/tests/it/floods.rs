@@ -139,6 +139,34 @@ fn resets_while_the_app_works_leave_nothing_under_way() {
 }
 
 #[test]
+fn a_client_that_left_is_no_failure_of_what_it_asked() {
+    let (front, _app) = front(|config| {
+        let route = "name = 'fixed'\npath = '/*'\nrespond.body = 'here'";
+        config.routes = vec![toml::from_str(route).unwrap()];
+    });
+    let mut stream = connect(&front);
+    let many = 10;
+    let requests: Vec<u8> = (0..many)
+        .flat_map(|place| {
+            let number = 1 + 2 * place;
+            let begin = frame(HEADERS, END_HEADERS | END_STREAM, number, GET);
+            let reset = frame(RST_STREAM, 0, number, &8_u32.to_be_bytes());
+            [begin, reset].concat()
+        })
+        .collect();
+    stream.write_all(&requests).unwrap();
+    let count = |code: &str| {
+        let line = format!("gateway_requests_total{{route=\"fixed\",code=\"{code}\"}}");
+        front.metric(&line)
+    };
+    front.until("all are counted", || {
+        count("200") + count("client_gone") + count("unavailable") == f64::from(many)
+    });
+    assert_eq!(count("unavailable"), 0.0);
+    assert!(count("client_gone") > 0.0, "{}", count("200"));
+}
+
+#[test]
 fn a_head_without_end_is_not_collected() {
     let (front, app) = front(|_| {});
     let before = resident_bytes();

@@ -1,6 +1,7 @@
 //! The binary: its checks, and how it takes changes of its file.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -131,6 +132,37 @@ impl Drop for Running {
         drop(self.child.kill());
         drop(self.child.wait());
     }
+}
+
+/// What any client can do at no cost writes no line each.
+#[test]
+fn nobody_can_fill_the_log_with_http_2() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "nodes = []").unwrap();
+    let running = Running::start(file.path());
+    let address = running.url.strip_prefix("http://").unwrap();
+    let mut stream = TcpStream::connect(address).unwrap();
+    let patience = Some(Duration::from_secs(20));
+    stream.set_read_timeout(patience).unwrap();
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    stream.write_all(preface).unwrap();
+    // Answers to a PING that nobody sent, and a PING at last.
+    let ack = b"\0\0\x08\x06\x01\0\0\0\0nobody's";
+    stream.write_all(&ack.repeat(1000)).unwrap();
+    stream.write_all(b"\0\0\x08\x06\0\0\0\0\0the last").unwrap();
+    let mut read = Vec::new();
+    while !read.windows(8).any(|part| part == b"the last") {
+        let mut bytes = [0; 1000];
+        let count = stream.read(&mut bytes).unwrap();
+        assert!(count > 0, "closed");
+        read.extend_from_slice(&bytes[..count]);
+    }
+    std::fs::write(file.path(), "nodes = []\ndrain_max = '1s'").unwrap();
+    let until_then = std::iter::from_fn(|| running.log.recv_timeout(Duration::from_secs(30)).ok());
+    let lines: Vec<String> = until_then
+        .take_while(|line| !line.contains("config"))
+        .collect();
+    assert!(lines.len() < 10, "{} lines, as {:?}", lines.len(), lines[9]);
 }
 
 /// Puts a file in the place of another at once: never is there half of it.
