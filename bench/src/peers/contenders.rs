@@ -100,13 +100,19 @@ pub(super) fn questions() -> Vec<Question> {
             ],
         },
         Question {
-            name: "proxy-hash",
-            what: "the same with two apps, chosen by consistent hash of a query parameter",
-            objects: 1000,
+            name: "proxy-rules",
+            what: "the same with two apps, chosen by consistent hash of one of 100,000 keys, each with a rate limit; \
+                   Dormouse looks at a parameter and a header, too",
+            objects: 100_000,
             contenders: vec![
-                contender("dormouse, gateway", Needs::NginxAsApp, proxy_hash),
-                contender("nginx", Needs::Nginx, nginx_hash),
-                contender("haproxy", Needs::HaProxy, haproxy_hash),
+                contender("dormouse, gateway", Needs::NginxAsApp, proxy_rules),
+                contender(
+                    "dormouse, gateway without all that",
+                    Needs::NginxAsApp,
+                    proxy_two,
+                ),
+                contender("nginx", Needs::Nginx, nginx_rules),
+                contender("haproxy", Needs::HaProxy, haproxy_rules),
             ],
         },
     ]
@@ -481,41 +487,69 @@ fn pages(objects: u32) -> Rc<[Vec<u8>]> {
         .collect()
 }
 
-fn nginx(places: &Places, objects: u32, count: usize, hash: &str) -> anyhow::Result<Running> {
+/// `around` stands beside the pool in nginx's config, `of_pool` in it, and `of_page` where requests are proxied.
+struct NginxRules {
+    around: &'static str,
+    of_pool: &'static str,
+    of_page: &'static str,
+}
+
+fn nginx(
+    places: &Places,
+    objects: u32,
+    count: usize,
+    rules: &NginxRules,
+) -> anyhow::Result<Running> {
     let data = tempfile::tempdir()?;
     let (others, apps) = apps(places, &data, count)?;
     let address = free_address()?;
     let servers: Vec<String> = apps.iter().map(|app| format!("server {app};")).collect();
+    let NginxRules {
+        around,
+        of_pool,
+        of_page,
+    } = rules;
     let http = format!(
-        "  upstream app {{ {hash} {} keepalive 128; keepalive_requests 1000000000; }}\n  \
-         server {{ listen {address}; location / {{ proxy_pass http://app; proxy_http_version 1.1; \
+        "  {around}\n  upstream app {{ {of_pool} {} keepalive 128; keepalive_requests 1000000000; }}\n  \
+         server {{ listen {address}; location / {{ {of_page} proxy_pass http://app; proxy_http_version 1.1; \
          proxy_set_header Connection \"\"; }} }}\n",
         servers.join(" ")
     );
     let daemon = nginx_with(places, places.server_core, &data, "proxy", &http, address)?;
-    let command = format!(
-        "nginx (one process, keepalive 128 to the apps{})",
-        comma(hash)
-    );
+    let rules: String = [of_pool, of_page]
+        .map(|rule| rule.trim_end_matches(';'))
+        .iter()
+        .filter(|rule| !rule.is_empty())
+        .map(|rule| format!(", {rule}"))
+        .collect();
+    let command = format!("nginx (one process, keepalive 128 to the apps{rules})");
     Ok(proxied(objects, address, &command, daemon, others, data))
 }
 
-fn comma(text: &str) -> String {
-    match text.trim_end_matches(';') {
-        "" => String::new(),
-        text => format!(", {text}"),
-    }
-}
-
 fn nginx_plain(places: &Places, objects: u32) -> anyhow::Result<Running> {
-    nginx(places, objects, 1, "")
+    let none = NginxRules {
+        around: "",
+        of_pool: "",
+        of_page: "",
+    };
+    nginx(places, objects, 1, &none)
 }
 
-fn nginx_hash(places: &Places, objects: u32) -> anyhow::Result<Running> {
-    nginx(places, objects, 2, "hash $arg_k consistent;")
+fn nginx_rules(places: &Places, objects: u32) -> anyhow::Result<Running> {
+    let rules = NginxRules {
+        around: "limit_req_zone $arg_k zone=keys:64m rate=100000r/s;",
+        of_pool: "hash $arg_k consistent;",
+        of_page: "limit_req zone=keys burst=100000 nodelay;",
+    };
+    nginx(places, objects, 2, &rules)
 }
 
-fn haproxy(places: &Places, objects: u32, count: usize, balance: &str) -> anyhow::Result<Running> {
+fn haproxy(
+    places: &Places,
+    objects: u32,
+    count: usize,
+    (limit, balance): (&str, &str),
+) -> anyhow::Result<Running> {
     let data = tempfile::tempdir()?;
     let (others, apps) = apps(places, &data, count)?;
     let address = free_address()?;
@@ -526,7 +560,7 @@ fn haproxy(places: &Places, objects: u32, count: usize, balance: &str) -> anyhow
     let config = format!(
         "global\n  nbthread 1\n  maxconn 8192\ndefaults\n  mode http\n  timeout connect 5s\n  \
          timeout client 60s\n  timeout server 60s\n  http-reuse always\n\
-         frontend front\n  bind {address}\n  default_backend apps\nbackend apps\n{balance}{servers}"
+         frontend front\n  bind {address}\n{limit}  default_backend apps\nbackend apps\n{balance}{servers}"
     );
     let file: PathBuf = data.path().join("haproxy.cfg");
     fs::write(&file, config)?;
@@ -538,22 +572,31 @@ fn haproxy(places: &Places, objects: u32, count: usize, balance: &str) -> anyhow
 }
 
 fn haproxy_plain(places: &Places, objects: u32) -> anyhow::Result<Running> {
-    haproxy(places, objects, 1, "")
+    haproxy(places, objects, 1, ("", ""))
 }
 
-fn haproxy_hash(places: &Places, objects: u32) -> anyhow::Result<Running> {
+fn haproxy_rules(places: &Places, objects: u32) -> anyhow::Result<Running> {
+    let limit = "  stick-table type string len 32 size 200k expire 60s store http_req_rate(1s)\n  \
+                 http-request track-sc0 url_param(k)\n  \
+                 http-request deny deny_status 429 if { sc_http_req_rate(0) gt 100000 }\n";
     let balance = "  balance url_param k\n  hash-type consistent\n";
-    haproxy(places, objects, 2, balance)
+    haproxy(places, objects, 2, (limit, balance))
 }
 
-fn proxy(places: &Places, objects: u32, count: usize, balance: &str) -> anyhow::Result<Running> {
+/// `rules` are the route's, `more` follows the pool.
+fn proxy(
+    places: &Places,
+    objects: u32,
+    count: usize,
+    (rules, more): (&str, &str),
+) -> anyhow::Result<Running> {
     let data = tempfile::tempdir()?;
     let (others, apps) = apps(places, &data, count)?;
     let servers: Vec<String> = apps.iter().map(|app| format!("\"{app}\"")).collect();
     let config = format!(
         "nodes = []\nthreads = 1\n\
-         routes = [{{ name = \"app\", path = \"/*\", upstream = \"app\" }}]\n\
-         [upstreams.app]\nservers = [{}]\n{balance}",
+         [[routes]]\nname = \"app\"\npath = \"/*\"\nupstream = \"app\"\n{rules}\
+         [upstreams.app]\nservers = [{}]\n{more}",
         servers.join(", ")
     );
     let file = data.path().join("gateway.toml");
@@ -591,14 +634,17 @@ fn proxy(places: &Places, objects: u32, count: usize, balance: &str) -> anyhow::
 }
 
 fn proxy_plain(places: &Places, objects: u32) -> anyhow::Result<Running> {
-    proxy(places, objects, 1, "")
+    proxy(places, objects, 1, ("", ""))
 }
 
-fn proxy_hash(places: &Places, objects: u32) -> anyhow::Result<Running> {
-    proxy(
-        places,
-        objects,
-        2,
-        "balance = \"hash\"\nkey = \"{query.k}\"\n",
-    )
+fn proxy_two(places: &Places, objects: u32) -> anyhow::Result<Running> {
+    proxy(places, objects, 2, ("", ""))
+}
+
+fn proxy_rules(places: &Places, objects: u32) -> anyhow::Result<Running> {
+    let rules = "limits = [\"per-key\"]\n\
+                 validate.values = { \"query.k\" = \"[0-9]{1,6}\", \"header.host\" = \"[a-z]+\" }\n";
+    let more = "balance = \"hash\"\nkey = \"{query.k}\"\n\
+                [limits.per-key]\nkey = \"{query.k}\"\nlimit = 100000\nperiod = \"1s\"\nkeys_max = 200000\n";
+    proxy(places, objects, 2, (rules, more))
 }

@@ -13,72 +13,49 @@
 //!
 //! Keys are told apart by 32 bits besides their sets: one in some 10^8 shares the limit of another. Nobody can
 //! choose which, without the seed of the hash.
+//!
+//! A key is looked for without a lock, which is where the cache misses are, and what was found is looked at again
+//! under the lock, for as long as arithmetic takes. So all of the memory is atomic words, written under locks only.
+
+mod places;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use bytemuck::Pod;
 use protocol::rate::{Decision, Rate};
 
-/// Places of a set: with their tags and the state of a bucket, a cache line.
-const WAYS: usize = 5;
-const _: () = assert!(size_of::<Set<[u64; 1]>>() == 64);
+use places::{NOBODY, Place, Places, WAYS};
 
 /// Places per key of `keys_max`, so that hardly ever two sets are full while the table is not.
 const SPARE: usize = 2;
 
-/// Sets that get their memory together: with buckets, a page of them.
-const CHUNK: usize = 64;
-
 /// Parts of the table with a lock each.
 const SHARDS: usize = 64;
-
-/// A place that nobody has.
-const NOBODY: u32 = 0;
 
 /// The keys of one limit. Shared by all threads.
 pub struct Table<R: Rate> {
     rate: R,
-    shards: Box<[Shard<R::State>]>,
+    places: Places<R::State>,
+    shards: Box<[Shard]>,
     /// Per shard.
     sets: u64,
     evictions: AtomicU64,
 }
 
-/// A lock each, on cache lines of its own.
+/// The lock of some sets, on cache lines of its own, with the number of their places that somebody has.
+#[derive(Default)]
 #[repr(align(128))]
-struct Shard<S>(Mutex<Sets<S>>);
+struct Shard(Mutex<usize>);
 
-struct Sets<S> {
-    /// [`CHUNK`] sets each, once one of them is used.
-    chunks: Vec<Option<Box<[Set<S>; CHUNK]>>>,
-    /// One per set: nobody gets more than this leaves. Zeros, which take memory only where they are written.
-    floors: Vec<S>,
-    used: usize,
-}
-
-/// On cache lines and a page of its own.
-#[derive(Clone, Copy, Default)]
-#[repr(align(64))]
-struct Set<S> {
-    /// The hashes of those who have a place.
-    tags: [u32; WAYS],
-    states: [S; WAYS],
-}
-
-impl<R: Rate> Table<R> {
+impl<R: Rate<State: Pod>> Table<R> {
     /// Room for `keys_max` keys. Costs address space; memory is taken when it is used.
     pub fn new(rate: R, keys_max: usize) -> Self {
         let sets = (keys_max.max(1) * SPARE).div_ceil(WAYS * SHARDS);
-        let shard = || {
-            Shard(Mutex::new(Sets {
-                chunks: (0..sets.div_ceil(CHUNK)).map(|_| None).collect(),
-                floors: vec![R::State::default(); sets],
-                used: 0,
-            }))
-        };
         Self {
             rate,
-            shards: (0..SHARDS).map(|_| shard()).collect(),
+            places: Places::new(sets * SHARDS),
+            shards: (0..SHARDS).map(|_| Shard::default()).collect(),
             sets: sets as u64,
             evictions: AtomicU64::new(0),
         }
@@ -88,17 +65,21 @@ impl<R: Rate> Table<R> {
     /// cache misses side by side.
     pub fn take(&self, key: u128, cost: u32, now: u64) -> Decision {
         let spot = self.spot(key);
-        let mut sets = lock(&self.shards[spot.shard]);
-        if let Some(state) = sets.state(&spot) {
-            return self.rate.take(state, cost, now);
+        let seen = self.places.find(&spot);
+        let mut used = lock(&self.shards[spot.shard]);
+        if let Some(place) = self.places.find_again(&spot, seen) {
+            let mut state = self.places.state(place);
+            let decision = self.rate.take(&mut state, cost, now);
+            self.places.set_state(place, &state);
+            return decision;
         }
-        let [one, other] = spot.sets;
-        let mut state = sets.floors[one];
-        self.rate.merge(&mut state, &sets.floors[other], now);
+        let [one, other] = spot.sets.map(|set| self.places.floor(set));
+        let mut state = one;
+        self.rate.merge(&mut state, &other, now);
         let decision = self.rate.take(&mut state, cost, now);
         // Who is refused has taken nothing and needs no place: the floor would say the same again.
         if matches!(decision, Decision::Passed { .. }) {
-            self.settle(&mut sets, &spot, state, now);
+            self.settle(&mut used, &spot, &state, now);
         }
         decision
     }
@@ -106,32 +87,36 @@ impl<R: Rate> Table<R> {
     /// Gives back what was taken at `taken`. If the key has lost its place since, it is gone.
     pub fn give_back(&self, key: u128, cost: u32, taken: u64) {
         let spot = self.spot(key);
-        let mut sets = lock(&self.shards[spot.shard]);
-        if let Some(state) = sets.state(&spot) {
-            self.rate.give_back(state, cost, taken);
+        let seen = self.places.find(&spot);
+        let _lock = lock(&self.shards[spot.shard]);
+        if let Some(place) = self.places.find_again(&spot, seen) {
+            let mut state = self.places.state(place);
+            self.rate.give_back(&mut state, cost, taken);
+            self.places.set_state(place, &state);
         }
     }
 
     /// Keys that have a place, and how often one lost it while it still counted.
     pub fn stats(&self) -> (usize, u64) {
-        let used = self.shards.iter().map(|shard| lock(shard).used).sum();
+        let used = self.shards.iter().map(|shard| *lock(shard)).sum();
         (used, self.evictions.load(Ordering::Relaxed))
     }
 
     /// Most bytes that the table can take.
     pub fn bytes_max(&self) -> usize {
-        let sets = lock(&self.shards[0]).floors.len();
-        let chunk = size_of::<usize>() + CHUNK * size_of::<Set<R::State>>();
-        let shard = sets.div_ceil(CHUNK) * chunk + sets * size_of::<R::State>();
-        self.shards.len() * (size_of::<Shard<R::State>>() + shard)
+        self.shards.len() * size_of::<Shard>() + self.places.bytes()
     }
 
     fn spot(&self, key: u128) -> Spot {
         let part = |from: u32| u64::try_from((key >> from) & 0xffff_ffff).unwrap_or(0);
+        let shard = part(0) % SHARDS as u64;
         // Multiply-shift: all sets get an equal part of the hashes.
-        let set = |from| usize::try_from((part(from) * self.sets) >> 32).unwrap_or(0);
+        let set = |from| {
+            let set = shard * self.sets + ((part(from) * self.sets) >> 32);
+            usize::try_from(set).unwrap_or(0)
+        };
         Spot {
-            shard: usize::try_from(part(0) % SHARDS as u64).unwrap_or(0),
+            shard: usize::try_from(shard).unwrap_or(0),
             sets: [set(32), set(64)],
             tag: u32::try_from(part(96)).unwrap_or(0).max(NOBODY + 1),
         }
@@ -139,39 +124,41 @@ impl<R: Rate> Table<R> {
 
     /// Gives a newcomer a place: an empty one in the emptier set, else one that counts no more, else the
     /// least used.
-    fn settle(&self, sets: &mut Sets<R::State>, spot: &Spot, state: R::State, now: u64) {
-        let mut best: Option<(Weight, usize, usize)> = None;
+    fn settle(&self, used: &mut usize, spot: &Spot, state: &R::State, now: u64) {
+        let mut best: Option<(Weight, Place)> = None;
         for set in spot.sets {
-            let places = sets.places(set);
-            let taken = places.tags.iter().filter(|tag| **tag != NOBODY).count();
-            for (place, tag) in places.tags.iter().enumerate() {
-                let weight = match *tag {
+            let tags = self.places.tags(set);
+            let taken = tags.iter().filter(|tag| **tag != NOBODY).count();
+            for (way, tag) in tags.into_iter().enumerate() {
+                let place = Place { set, way };
+                let weight = match tag {
                     NOBODY => Weight::Empty { taken },
-                    _ => match self.rate.recovers_in(&places.states[place], now) {
+                    _ => match self.rate.recovers_in(&self.places.state(place), now) {
                         0 => Weight::AsGoodAsNew,
                         recovers_in => Weight::Counts { recovers_in },
                     },
                 };
-                if best.is_none_or(|(lightest, ..)| weight < lightest) {
-                    best = Some((weight, set, place));
+                if best.is_none_or(|(lightest, _)| weight < lightest) {
+                    best = Some((weight, place));
                 }
             }
         }
-        let Some((weight, set, place)) = best else {
+        let Some((weight, place)) = best else {
             return;
         };
-        let leaving = sets.places(set).states[place];
         match weight {
-            Weight::Empty { .. } => sets.used += 1,
+            Weight::Empty { .. } => *used += 1,
             Weight::AsGoodAsNew => {}
             Weight::Counts { .. } => {
-                self.rate.merge(&mut sets.floors[set], &leaving, now);
+                let mut floor = self.places.floor(place.set);
+                let leaving = self.places.state(place);
+                self.rate.merge(&mut floor, &leaving, now);
+                self.places.set_floor(place.set, &floor);
                 self.evictions.fetch_add(1, Ordering::Relaxed);
             }
         }
-        let places = sets.places(set);
-        places.tags[place] = spot.tag;
-        places.states[place] = state;
+        self.places.set_tag(place, spot.tag);
+        self.places.set_state(place, state);
     }
 }
 
@@ -196,31 +183,7 @@ enum Weight {
     },
 }
 
-impl<S: Copy + Default> Sets<S> {
-    /// What is known of a key.
-    fn state(&mut self, spot: &Spot) -> Option<&mut S> {
-        let find = |set: usize| {
-            let places = &self.chunks[set / CHUNK].as_ref()?[set % CHUNK];
-            places.tags.iter().position(|tag| *tag == spot.tag)
-        };
-        // Both are looked at, whatever the first says: so their cache misses are side by side.
-        let found = spot.sets.map(find);
-        let (set, place) = match found {
-            [Some(place), _] => (spot.sets[0], place),
-            [None, Some(place)] => (spot.sets[1], place),
-            [None, None] => return None,
-        };
-        self.places(set).states.get_mut(place)
-    }
-
-    fn places(&mut self, set: usize) -> &mut Set<S> {
-        let chunk =
-            self.chunks[set / CHUNK].get_or_insert_with(|| Box::new([Set::<S>::default(); CHUNK]));
-        &mut chunk[set % CHUNK]
-    }
-}
-
-fn lock<S>(shard: &Shard<S>) -> MutexGuard<'_, Sets<S>> {
+fn lock(shard: &Shard) -> MutexGuard<'_, usize> {
     // Nothing panics while it holds the lock, and half of a decision would do no harm.
     shard.0.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -251,7 +214,7 @@ mod tests {
         Gcra::new(&terms(Algorithm::Gcra, limit))
     }
 
-    fn passes<R: Rate>(table: &Table<R>, key: u128, now: u64) -> bool {
+    fn passes<R: Rate<State: Pod>>(table: &Table<R>, key: u128, now: u64) -> bool {
         matches!(table.take(key, 1, now), Decision::Passed { .. })
     }
 
@@ -335,7 +298,7 @@ mod tests {
         fn nobody_gets_more_than_alone_however_small_the_table(
             asks in prop::collection::vec((0u64..400, 0u64..SECOND / 20), 1..1500),
         ) {
-            fn check<R: Rate>(rate: R, asks: &[(u64, u64)]) -> Result<(), TestCaseError> {
+            fn check<R: Rate<State: Pod>>(rate: R, asks: &[(u64, u64)]) -> Result<(), TestCaseError> {
                 // Two sets per shard, and all keys in one shard.
                 let table = Table::new(rate, 2 * WAYS * SHARDS / SPARE);
                 assert_eq!(table.sets, 2);
