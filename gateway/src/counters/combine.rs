@@ -22,8 +22,9 @@ use super::plans::{PlanKey, Planned};
 use super::{Counters, Origin};
 use crate::proxy::Shared;
 
-/// Calls of one group that one worker has at a time, from one thread.
-const CALLS_PER_WORKER: usize = 4;
+/// Calls of one group that one worker has at a time, from one thread: one that waits for the disk, and one that is
+/// worked at. More would share the increments that come among smaller batches.
+const CALLS_PER_WORKER: usize = 2;
 
 /// Batches that go to one shard before the next has its turn: shards with news report it, each for itself.
 const CALLS_IN_A_ROW: u32 = 32;
