@@ -72,8 +72,8 @@ fn decisions(criterion: &mut Criterion) {
     let gcra = Gcra::new(&terms(Algorithm::Gcra));
     let sliding = SlidingWindow::new(&terms(Algorithm::SlidingWindow));
     let keys_max = usize::try_from(KEYS).expect("a million");
-    let buckets = Table::new(gcra, keys_max);
-    let windows = Table::new(sliding, keys_max);
+    let buckets = Table::new(gcra, keys_max).expect("memory");
+    let windows = Table::new(sliding, keys_max).expect("memory");
     let map = DashMap::default();
     for key in 0..KEYS {
         buckets.take(hash(key), 1, 0);
@@ -137,6 +137,7 @@ fn contend(threads: u64, rounds: u64, decide: impl Fn(u64, u64) + Sync) -> Durat
 fn contended(criterion: &mut Criterion) {
     let gcra = Gcra::new(&terms(Algorithm::Gcra));
     let table = Table::new(gcra, usize::try_from(KEYS).expect("a million"));
+    let table = table.expect("memory");
     let map = DashMap::default();
     for key in 0..KEYS {
         table.take(hash(key), 1, 0);

@@ -53,9 +53,7 @@ impl<'a> Asked<'a> {
         while let Some(pairs) = rest {
             let (pair, after) = cut(pairs, b'&');
             let (found, value) = cut(pair, b'=');
-            let is_it = found == name
-                || (is_encoded(found) && decode_form(found).is_some_and(|key| key == name));
-            if is_it {
+            if found == name || decode_form(found).is_some_and(|key| key == name) {
                 return decode_form(value.unwrap_or_default());
             }
             rest = after;

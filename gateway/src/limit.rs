@@ -97,21 +97,24 @@ impl From<Decision> for Outcome {
 
 impl Limits {
     /// `config` was validated. Limits that are the same as `before` keep what they know.
+    ///
+    /// # Errors
+    /// A table that there is no memory for.
     pub fn new(
         config: &BTreeMap<String, LimitConfig>,
         before: &Self,
         metrics: &Metrics,
         link: &shared::Link,
-    ) -> Self {
+    ) -> Result<Self, Broken> {
         let limits = config.iter().map(|(name, config)| {
             let known = before.0.get(name).filter(|known| known.config == *config);
             let limit = match known {
                 Some(known) => Arc::clone(known),
-                None => Arc::new(Limit::new(name, config, metrics, link)),
+                None => Arc::new(Limit::new(name, config, metrics, link)?),
             };
-            (name.clone(), limit)
+            Ok((name.clone(), limit))
         });
-        Self(limits.collect())
+        Ok(Self(limits.collect::<Result<_, _>>()?))
     }
 
     /// The limits of these names and those that apply everywhere, for requests of a route with these
@@ -193,20 +196,32 @@ impl Limits {
 }
 
 impl Limit {
-    fn new(name: &str, config: &LimitConfig, metrics: &Metrics, link: &shared::Link) -> Self {
+    fn new(
+        name: &str,
+        config: &LimitConfig,
+        metrics: &Metrics,
+        link: &shared::Link,
+    ) -> Result<Self, Broken> {
         let terms = config.terms();
         let keys_max = config.keys_max.get() as usize;
         let keeper = match (config.scope, config.algorithm) {
             (Scope::Process, Algorithm::Gcra) => {
-                Keeper::Bucket(Table::new(Gcra::new(&terms), keys_max))
+                Table::new(Gcra::new(&terms), keys_max).map(Keeper::Bucket)
             }
             (Scope::Process, Algorithm::SlidingWindow) => {
-                Keeper::Window(Table::new(SlidingWindow::new(&terms), keys_max))
+                Table::new(SlidingWindow::new(&terms), keys_max).map(Keeper::Window)
             }
-            (Scope::Colo | Scope::Exact, _) => Keeper::Shared(Shared::new(name, config, link)),
+            (Scope::Colo | Scope::Exact, _) => {
+                Some(Keeper::Shared(Shared::new(name, config, link)))
+            }
         };
+        let keeper = keeper.ok_or_else(|| {
+            let rule = "needs more memory than the system gives";
+            let broken = Broken::value("keys_max", config.keys_max, rule);
+            broken.under(name).under("limits")
+        })?;
         let policy = format!("\"{name}\";q={};w={}", config.limit, seconds(config.period));
-        Self {
+        Ok(Self {
             name: name.into(),
             config: config.clone(),
             keeper,
@@ -217,7 +232,7 @@ impl Limit {
             metrics: metrics.limit(name),
             came: Hot::default(),
             refused: Hot::default(),
-        }
+        })
     }
 
     fn hash(&self, key: &str) -> u128 {

@@ -108,7 +108,7 @@ impl RuleSet {
         metrics: &Metrics,
         link: &Link,
     ) -> Result<Self, Broken> {
-        let limits = Limits::new(&config.limits, &before.limits, metrics, link);
+        let limits = Limits::new(&config.limits, &before.limits, metrics, link)?;
         let ways = Ways::new(&config.auth, &before.ways)?;
         let mut rules = each(config, routes, |wanted, params| {
             let found = Limits::guard(&config.limits, wanted.limits, params)?;

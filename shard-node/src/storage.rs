@@ -12,6 +12,7 @@ mod authorizer;
 mod config;
 mod delete_all;
 mod engine;
+mod error;
 mod functions;
 pub(crate) mod heap;
 mod identity;
@@ -24,6 +25,7 @@ mod past;
 mod plain_files;
 mod sql;
 mod statements;
+mod transactions;
 pub(crate) mod vfs;
 
 use std::cell::{Cell, OnceCell, RefCell, RefMut};
@@ -31,15 +33,15 @@ use std::ffi::CStr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Waker;
-use std::time::Duration;
 
-use protocol::{Bookmark, LogPosition, ObjectId, ObjectName, ShardId};
+use protocol::{Bookmark, LogPosition, ObjectName, ShardId};
+use rusqlite::Connection;
 use rusqlite::limits::Limit;
-use rusqlite::{Connection, Statement};
 use tracing::debug;
 
 pub use config::{LogConfig, SqlConfig};
 pub use engine::{Engine, Handle, Opened};
+pub use error::StorageError;
 pub use identity::Identity;
 pub use keys::KEYS_COUNTED;
 pub use kv::{BATCH_KEYS_MAX, Entry, KEY_BYTES_MAX, KvError, ListOptions};
@@ -53,7 +55,6 @@ pub(crate) use alarm::{NumberedAlarm, alarm_of};
 pub(crate) use kv::successor;
 
 use crate::alarms::Timers;
-use crate::commit_log::LogFailure;
 use crate::commit_log::record::Named;
 use crate::usage::Meter;
 use authorizer::Guard;
@@ -66,67 +67,6 @@ pub const RESERVED_PREFIX: &str = "_dormouse_";
 
 /// Prepared statements kept per awake object, a few KiB each, unless its class says otherwise.
 pub const STATEMENTS_CACHED: usize = 32;
-
-/// Why storage did not do what it was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum StorageError {
-    /// The SQL, or a value given to it, is wrong. SQLite's own words; `at` is a byte of the SQL.
-    #[error("{message}{}", at.map(|at| format!(" (at byte {at})")).unwrap_or_default())]
-    Sql { message: String, at: Option<usize> },
-    /// SQL that could reach beyond the object or break a turn.
-    #[error("{0}")]
-    Denied(String),
-    /// The time of the turn is over. The transaction is gone; the object must be reset.
-    #[error("SQL ran longer than sql.turn_time_max = {0:?} in one turn")]
-    OutOfTime(Duration),
-    /// A statement took too much memory. The transaction is gone; the object must be reset.
-    #[error("a statement took more memory than sql.memory_bytes_max = {0}")]
-    OutOfMemory(u64),
-    /// The object's share of the disk is full, or the turn wrote too much. Nothing of it was kept.
-    #[error("storage is full: {0}")]
-    Full(String),
-    /// The disk is full. Nothing of this turn was kept.
-    #[error("storage is full: {0}")]
-    DiskFull(String),
-    /// SQLite gave up the transaction after an error that the class ignored. Nothing of this turn was
-    /// kept.
-    #[error("an earlier error in this turn rolled back its transaction")]
-    RolledBack,
-    /// The database could not be opened, read or written. The object must be reset.
-    #[error("database of {object} failed: {message}")]
-    Broken { object: ObjectId, message: String },
-    /// The commit log cannot be written. Reads still work; writes do again when the disk does.
-    #[error("nothing can be written, because the commit log failed: {0}")]
-    LogFailed(String),
-    /// The object has asked to be restored before it starts, and is not yet.
-    #[error("the object is being restored: try again")]
-    Restoring,
-    #[error(transparent)]
-    Kv(#[from] KvError),
-}
-
-impl StorageError {
-    /// Not the doing of the object's class, and nothing it could mend.
-    pub fn is_of_the_platform(&self) -> bool {
-        matches!(
-            self,
-            Self::DiskFull(_) | Self::LogFailed(_) | Self::Broken { .. } | Self::Restoring
-        )
-    }
-}
-
-impl StorageError {
-    pub(crate) fn log(failure: &LogFailure) -> Self {
-        if failure.disk_full {
-            Self::DiskFull(format!(
-                "the disk of the commit log is full: {}",
-                failure.message
-            ))
-        } else {
-            Self::LogFailed(failure.message.to_string())
-        }
-    }
-}
 
 /// The database of one object.
 pub struct Storage {
@@ -287,58 +227,6 @@ impl Storage {
         self.name.get().cloned()
     }
 
-    /// Runs `f` as one: if it fails, everything it wrote is undone and what was written before it
-    /// stays. May be nested (Cloudflare's `transactionSync`).
-    pub fn transaction<R, E: From<StorageError>>(
-        &self,
-        f: impl FnOnce() -> Result<R, E>,
-    ) -> Result<R, E> {
-        if self.segment.get() == Segment::Clean {
-            // Nothing was written before it: to undo `f` is to roll back the whole.
-            let result = f();
-            if result.is_err() {
-                self.rollback()?;
-            }
-            return result;
-        }
-        self.savepoint("SAVEPOINT _dormouse_transaction")?;
-        let result = f();
-        if result.is_err() {
-            self.savepoint("ROLLBACK TO _dormouse_transaction")?;
-            self.open()?.has_pairs.set(false);
-        }
-        self.savepoint("RELEASE _dormouse_transaction")?;
-        result
-    }
-
-    fn around(&self, what: Around) -> Result<(), StorageError> {
-        let open = self.open()?;
-        let _trusted = self.guard.trusted();
-        self.check(open.run(what), 0)
-    }
-
-    fn savepoint(&self, sql: &str) -> Result<(), StorageError> {
-        let open = self.open()?;
-        let _trusted = self.guard.trusted();
-        let run = prepare_ours(&open.connection, sql)
-            .and_then(|mut statement| statement.raw_execute().map(drop));
-        self.check(run, 0)
-    }
-
-    /// Writes that `f` makes do not hold replies back: they may be lost after somebody was told of them
-    /// (Cloudflare's `allowUnconfirmed`). If they are, the object is reset all the same.
-    pub fn unconfirmed<R>(&self, f: impl FnOnce() -> R) -> R {
-        struct Restore<'a>(&'a Cell<bool>, bool);
-        impl Drop for Restore<'_> {
-            fn drop(&mut self) {
-                self.0.set(self.1);
-            }
-        }
-        // Also if `f` panics: a later write must not go unconfirmed.
-        let _restore = Restore(&self.unconfirmed, self.unconfirmed.replace(true));
-        f()
-    }
-
     /// Whether all that replies could tell is durable. If not, `waker` is woken when that may have
     /// changed.
     pub fn is_durable(&self, waker: &Waker) -> bool {
@@ -411,153 +299,6 @@ impl Storage {
     /// Most bytes that the key and the value of a pair may have together.
     pub fn pair_bytes_max(&self) -> usize {
         self.config.value_bytes_max as usize
-    }
-
-    /// A stretch of a turn begins: SQL may run for its time again.
-    pub fn begin_segment(&self) {
-        debug_assert_eq!(self.segment.get(), Segment::Clean, "segments do not nest");
-        self.guard.restart_clock();
-    }
-
-    /// The stretch is over and went well. What it wrote stays in the transaction, which the next
-    /// stretches may share, until [`commit`](Self::commit). `true` if it wrote anything.
-    ///
-    /// # Errors
-    /// The transaction is gone, with what earlier stretches wrote in it.
-    pub fn end_segment(&self) -> Result<bool, StorageError> {
-        match self.segment.get() {
-            Segment::Clean => return Ok(false),
-            Segment::Writing => {}
-            Segment::Nested => self.around(Around::Release)?,
-        }
-        self.check_transaction()?;
-        self.segment.set(Segment::Clean);
-        self.batch.set(true);
-        Ok(true)
-    }
-
-    /// Whether the stretch leaves every foreign key satisfied. Asked for each turn: turns that share a
-    /// transaction must not fail for one another's rows.
-    pub fn check_constraints(&self) -> Result<(), StorageError> {
-        if self.segment.get() == Segment::Clean {
-            return Ok(());
-        }
-        let open = self.open.borrow();
-        let open = open.as_ref().expect("a transaction has a connection");
-        if vfs::has_violations(&open.connection) {
-            return Err(StorageError::Sql {
-                message: "FOREIGN KEY constraint failed".to_owned(),
-                at: None,
-            });
-        }
-        Ok(())
-    }
-
-    /// Whether the current stretch wrote anything.
-    pub(crate) fn has_written(&self) -> bool {
-        self.segment.get() != Segment::Clean
-    }
-
-    /// Whether the tables may be other than those of an empty database.
-    fn may_have_tables(&self, open: &Open) -> bool {
-        open.handle.is_stored() || self.batch.get() || self.segment.get() != Segment::Clean
-    }
-
-    /// Commits what the stretches since the last commit wrote. It is durable when the engine's log is
-    /// durable up to [`gate`](Self::gate). `true` if there was anything to commit.
-    ///
-    /// # Errors
-    /// Nothing of it was kept. The object must be reset, because its memory may say otherwise.
-    pub fn commit(&self) -> Result<bool, StorageError> {
-        if self.batch_lost.take() {
-            return Err(StorageError::RolledBack);
-        }
-        if !self.end_segment()? && !self.batch.get() {
-            return Ok(false);
-        }
-        self.check_transaction()?;
-        let alarm = self.tell_alarm();
-        let open = self.open.borrow();
-        let open = open.as_ref().expect("a transaction has a connection");
-        let committed = alarm.and_then(|alarm| {
-            let _trusted = self.guard.trusted();
-            let committed = open.handle.commit(&|| open.run(Around::Commit));
-            self.check(committed, 0).map(|position| (alarm, position))
-        });
-        match committed {
-            Ok((alarm, position)) => {
-                self.batch.set(false);
-                if let Some(alarm) = alarm {
-                    self.alarm_changed.set(false);
-                    self.set_timer(&alarm);
-                }
-                if self.confirm.take()
-                    && let Some(position) = position
-                {
-                    self.gate.set(position);
-                }
-                Ok(true)
-            }
-            Err(error) => {
-                self.roll_back_all(open)?;
-                self.batch_lost.set(false);
-                Err(error)
-            }
-        }
-    }
-
-    /// SQLite rolls back by itself when the disk is full, or a statement was interrupted or had no
-    /// memory. Then the whole transaction is gone.
-    fn check_transaction(&self) -> Result<(), StorageError> {
-        let open = self.open.borrow();
-        let open = open.as_ref().expect("a transaction has a connection");
-        if open.connection.is_autocommit() {
-            self.roll_back_all(open)?;
-            return Err(StorageError::RolledBack);
-        }
-        Ok(())
-    }
-
-    /// The stretch failed: nothing it wrote stays, and what earlier stretches wrote does.
-    ///
-    /// # Errors
-    /// [`StorageError::RolledBack`] if SQLite had rolled back all of it already.
-    pub fn rollback(&self) -> Result<(), StorageError> {
-        match self.segment.get() {
-            Segment::Clean => Ok(()),
-            Segment::Writing => {
-                let open = self.open.borrow();
-                self.roll_back_all(open.as_ref().expect("a transaction has a connection"))
-            }
-            Segment::Nested => {
-                self.check_transaction()?;
-                self.savepoint("ROLLBACK TO _dormouse_turn")?;
-                self.around(Around::Release)?;
-                self.segment.set(Segment::Clean);
-                self.open()?.has_pairs.set(false);
-                Ok(())
-            }
-        }
-    }
-
-    fn roll_back_all(&self, open: &Open) -> Result<(), StorageError> {
-        self.segment.set(Segment::Clean);
-        if self.batch.take() {
-            self.batch_lost.set(true);
-        }
-        self.confirm.set(false);
-        self.alarm_changed.set(false);
-        // The identity record may have been part of it.
-        open.identified.set(false);
-        open.has_pairs.set(false);
-        let rolled_back = if open.connection.is_autocommit() {
-            Ok(())
-        } else {
-            let _trusted = self.guard.trusted();
-            self.check(open.connection.execute_batch("ROLLBACK"), 0)
-        };
-        open.handle.rolled_back();
-        rolled_back
     }
 
     /// Closes the database, if it is open, for good: whatever of this copy of the object still runs
@@ -704,56 +445,6 @@ impl Storage {
         }
     }
 
-    fn begin_if_writing(
-        &self,
-        open: &Open,
-        statement: &Statement<'_>,
-        sql: &str,
-    ) -> Result<(), StorageError> {
-        // PRAGMA optimize may run ANALYZE inside a statement that SQLite calls read-only.
-        if statement.readonly() && !contains_ignore_case(sql, "optimize") {
-            return Ok(());
-        }
-        self.begin(open)
-    }
-
-    /// A write is about to happen.
-    fn begin(&self, open: &Open) -> Result<(), StorageError> {
-        if self.forbid_writes.get() {
-            return Err(StorageError::Denied(
-                "this SQL would write, and was to read only".to_owned(),
-            ));
-        }
-        if self.segment.get() == Segment::Clean {
-            if self.batch.get() && open.connection.is_autocommit() {
-                // A read of this turn failed so badly that SQLite rolled back what came before it.
-                return Err(StorageError::RolledBack);
-            }
-            self.engine.check_writable()?;
-            let (begin, segment) = if self.batch.get() {
-                (Around::Savepoint, Segment::Nested)
-            } else {
-                (Around::Begin, Segment::Writing)
-            };
-            let trusted = self.guard.trusted();
-            self.check(open.run(begin), 0)?;
-            self.segment.set(segment);
-            if !open.identified.get() {
-                self.write_identity(&open.connection)?;
-                open.handle.identify(self.named(), true);
-                open.identified.set(true);
-            }
-            drop(trusted);
-        } else if open.connection.is_autocommit() {
-            // What follows would be committed by itself, without what came before it.
-            return Err(StorageError::RolledBack);
-        }
-        if !self.unconfirmed.get() {
-            self.confirm.set(true);
-        }
-        Ok(())
-    }
-
     fn write_identity(&self, connection: &Connection) -> Result<(), StorageError> {
         let identity = Identity {
             name: self.name.get().cloned(),
@@ -849,50 +540,6 @@ impl Storage {
             self.guard.install(connection)
         })();
         self.check(configured, 0)
-    }
-
-    fn check<T>(&self, result: rusqlite::Result<T>, at: usize) -> Result<T, StorageError> {
-        result.map_err(|error| self.error(error, at))
-    }
-
-    /// `at` is where the prepared text begins in the text that the class gave.
-    fn error(&self, error: rusqlite::Error, at: usize) -> StorageError {
-        use rusqlite::ErrorCode as Code;
-        if let rusqlite::Error::SqlInputError { msg, offset, .. } = &error {
-            if let Some(reason) = self.guard.take_denial() {
-                return StorageError::Denied(reason);
-            }
-            return StorageError::Sql {
-                message: msg.clone(),
-                at: usize::try_from(*offset).ok().map(|offset| at + offset),
-            };
-        }
-        let message = error.to_string();
-        match error.sqlite_error_code() {
-            Some(Code::AuthorizationForStatementDenied) => {
-                StorageError::Denied(self.guard.take_denial().unwrap_or(message))
-            }
-            Some(Code::OutOfMemory) => StorageError::OutOfMemory(self.config.memory_bytes_max),
-            Some(Code::OperationInterrupted) => StorageError::OutOfTime(self.config.turn_time_max),
-            Some(Code::DiskFull) => StorageError::Full(message),
-            Some(
-                Code::CannotOpen
-                | Code::SystemIoFailure
-                | Code::DatabaseCorrupt
-                | Code::NotADatabase
-                | Code::DatabaseBusy
-                | Code::DatabaseLocked
-                | Code::FileLockingProtocolFailed
-                | Code::ReadOnly
-                | Code::PermissionDenied
-                | Code::InternalMalfunction
-                | Code::ApiMisuse,
-            ) => StorageError::Broken {
-                object: self.identity.id,
-                message,
-            },
-            _ => StorageError::Sql { message, at: None },
-        }
     }
 }
 

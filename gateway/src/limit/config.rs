@@ -12,7 +12,7 @@ use crate::template::{Source, Template};
 /// Longest name of a limit: it is part of names of objects and of headers.
 const NAME_BYTES_MAX: usize = 64;
 
-/// Largest table, about 2.9 GB with a bucket.
+/// Largest table, about 2.9 GB with a bucket and 8.7 GB with a sliding window.
 const KEYS_MAX_MAX: u32 = 100_000_000;
 
 /// One limit.

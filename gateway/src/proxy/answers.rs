@@ -92,20 +92,20 @@ pub(super) async fn refuse(
     write_whole(session, head, (!bodiless).then_some(body)).await
 }
 
-/// Writes an answer. Whatever fails of that is the client's: with HTTP/2, pingora does not say so.
+/// Writes to the client. Whatever fails of that is the client's: with HTTP/2, pingora does not say so.
+pub(super) async fn to_client(writing: impl Future<Output = Result<()>>) -> Result<()> {
+    writing.await.map_err(Error::into_down)
+}
+
 async fn write_whole(
     session: &mut Session,
     head: ResponseHeader,
     body: Option<Bytes>,
 ) -> Result<()> {
-    let written = session.write_response_header(Box::new(head), body.is_none());
-    written.await.map_err(Error::into_down)?;
+    to_client(session.write_response_header(Box::new(head), body.is_none())).await?;
     match body {
         None => Ok(()),
-        Some(body) => {
-            let written = session.write_response_body(Some(body), true);
-            written.await.map_err(Error::into_down)
-        }
+        Some(body) => to_client(session.write_response_body(Some(body), true)).await,
     }
 }
 

@@ -13,10 +13,11 @@ use pingora_core::upstreams::peer::PeerOptions;
 use pingora_core::{Error, ErrorType, OrErr, Result, RetryType};
 use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
-// A timer only for what has to wait, and one for all that end in the same 10 ms.
-use pingora_timeout::timeout;
+// A timer only for what has to wait, with room of its own.
+use pingora_timeout::tokio_timeout as timeout;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use super::answers::to_client;
 use super::bounds::{DEADLINE_OVER, while_there};
 use super::letter::Letter;
 use super::{Aim, Proxy, Request};
@@ -145,6 +146,7 @@ impl Proxy {
         mut answer: PlainAnswer,
         mut received: Bytes,
     ) -> Result<()> {
+        check_time(request)?;
         self.weigh_answer(session, &mut answer.head, request)?;
         self.finish_answer(session, &mut answer.head, request)?;
         received.advance(answer.head_bytes);
@@ -165,19 +167,18 @@ impl Proxy {
             keep(&mut stream);
         }
         let empty = answer.body_bytes == 0;
-        let written = session.write_response_header(Box::new(answer.head), empty);
-        written.await.map_err(Error::into_down)?;
+        to_client(session.write_response_header(Box::new(answer.head), empty)).await?;
         let mut part = received;
         loop {
             if !empty && (!part.is_empty() || left == 0) {
-                check_time(request)?;
-                let written = session.write_response_body(Some(part), left == 0);
-                written.await.map_err(Error::into_down)?;
+                to_client(session.write_response_body(Some(part), left == 0)).await?;
             }
             let Some(open) = &mut stream else {
                 return Ok(());
             };
             part = while_there(session, read_part(open, left, patience.read)).await?;
+            // What came with the head goes with it.
+            check_time(request)?;
             left -= part.len() as u64;
             if left == 0 {
                 keep(&mut stream);
@@ -216,12 +217,10 @@ impl Proxy {
             let part = while_there(session, into_up(answer.read_body_bytes())).await?;
             check_time(request)?;
             if part.is_some() {
-                let written = session.write_response_body(part, false);
-                written.await.map_err(Error::into_down)?;
+                to_client(session.write_response_body(part, false)).await?;
             }
         }
-        let written = session.write_response_body(None, true);
-        written.await.map_err(Error::into_down)?;
+        to_client(session.write_response_body(None, true)).await?;
         answer.respect_keepalive();
         let stream = answer.reuse().await.map(|stream| stream.into_any());
         if let Some(Ok(stream)) = stream.map(|stream| stream.downcast::<Stream>()) {
@@ -238,6 +237,7 @@ impl Proxy {
         answer: &mut HttpSession,
     ) -> Result<http::StatusCode> {
         while_there(session, into_up(answer.read_response())).await?;
+        check_time(request)?;
         let senseless = |what: &'static str| Error::explain(ErrorType::InvalidHTTPHeader, what);
         let head = answer.resp_header();
         let head = head.ok_or_else(|| senseless("no head").into_up())?;
@@ -258,8 +258,7 @@ impl Proxy {
         }
         head.set_version(http::Version::HTTP_11);
         self.finish_answer(session, &mut head, request)?;
-        let written = session.write_response_header(Box::new(head), ended);
-        written.await.map_err(Error::into_down)?;
+        to_client(session.write_response_header(Box::new(head), ended)).await?;
         Ok(status)
     }
 }

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::net::IpAddr;
 
-use http::header::{CONNECTION, COOKIE, HOST, UPGRADE};
+use http::header::{CONNECTION, COOKIE, HOST, TE, UPGRADE};
 use http::{HeaderName, HeaderValue, Uri, Version};
 use pingora_core::{ErrorType, OrErr, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
@@ -66,22 +66,21 @@ pub(super) fn uri(path_and_query: &str) -> Result<Uri> {
 
 /// Removes what only the system may say.
 pub(super) fn strip(head: &mut RequestHeader) {
-    while let Some(name) = ours(&head.headers) {
+    while let Some(name) = head.headers.keys().find(|name| is_ours(name)).cloned() {
         head.remove_header(&name);
     }
 }
 
+/// The same of answers, and `TE`, which is about requests: with it, an answer could not go over HTTP/2.
 pub(super) fn strip_response(response: &mut ResponseHeader) {
-    while let Some(name) = ours(&response.headers) {
+    let goes = |name: &&HeaderName| is_ours(name) || **name == TE;
+    while let Some(name) = response.headers.keys().find(goes).cloned() {
         response.remove_header(&name);
     }
 }
 
-fn ours(headers: &http::HeaderMap) -> Option<HeaderName> {
-    headers
-        .keys()
-        .find(|name| name.as_str().starts_with(headers::PREFIX))
-        .cloned()
+fn is_ours(name: &HeaderName) -> bool {
+    name.as_str().starts_with(headers::PREFIX)
 }
 
 /// Lets an upgrade to any protocol pass. pingora has removed the headers that concern one connection

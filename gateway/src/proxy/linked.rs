@@ -1,12 +1,13 @@
 //! Requests for objects that go over a link: pingora has read the head, and writes the answer.
 
-use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::header::{CONTENT_LENGTH, TE, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use pingora_core::{Error, ErrorType, OrErr, Result};
 use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
 use protocol::ErrorCode;
 
+use super::answers::to_client;
 use super::bounds::{DEADLINE_OVER, by, while_there};
 use super::{Aim, Proxy, Request, Shared, refuse, tell_browser};
 use crate::link::forward::{Errand, Forwarded, body_bytes, forward};
@@ -111,10 +112,14 @@ async fn pass_answer(
     let response = head.read().map_err(senseless)?;
     let mut made = ResponseHeader::build_no_case(response.status, None)?;
     for (name, value) in response.headers {
-        made.append_header(
-            HeaderName::from_bytes(name).map_err(senseless_name)?,
-            HeaderValue::from_bytes(value).map_err(senseless_value)?,
-        )?;
+        let name = HeaderName::from_bytes(name).map_err(senseless_name)?;
+        // About requests: with it, an answer could not go over HTTP/2.
+        if name != TE {
+            made.append_header(
+                name,
+                HeaderValue::from_bytes(value).map_err(senseless_value)?,
+            )?;
+        }
     }
     let bodiless =
         session.req_header().method == Method::HEAD || matches!(response.status, 204 | 304);
@@ -126,23 +131,20 @@ async fn pass_answer(
     }
     request.cached.learn(shared.cache, &mut made);
     tell_browser(&mut made, &request.grant)?;
-    let written = session.write_response_header(Box::new(made), empty);
-    written.await.map_err(Error::into_down)?;
+    to_client(session.write_response_header(Box::new(made), empty)).await?;
     if empty {
         return Ok(());
     }
     if head.is_end {
         let body = head.bytes(response.body);
-        let written = session.write_response_body(Some(body), true);
-        return written.await.map_err(Error::into_down);
+        return to_client(session.write_response_body(Some(body), true)).await;
     }
     loop {
         let data = by(request.deadline, exchange.data()).await;
         let data = data.ok_or_else(|| Error::new(DEADLINE_OVER))?;
         let data = data.or_err(ErrorType::ReadError, "the body of an object")?;
         let is_last = data.is_none();
-        let written = session.write_response_body(data, is_last);
-        written.await.map_err(Error::into_down)?;
+        to_client(session.write_response_body(data, is_last)).await?;
         if is_last {
             return Ok(());
         }

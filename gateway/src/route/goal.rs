@@ -3,7 +3,8 @@
 use std::str::FromStr;
 use std::sync::Arc;
 
-use http::{HeaderValue, StatusCode};
+use http::header::{CONNECTION, CONTENT_LENGTH, TE, TRAILER, TRANSFER_ENCODING, UPGRADE};
+use http::{HeaderName, HeaderValue, StatusCode};
 use ops::config::Broken;
 use protocol::{ClassName, Home, ObjectId, ObjectName, Problem};
 
@@ -263,6 +264,17 @@ fn with_query(mut location: String, asked: &Asked<'_>) -> String {
     location
 }
 
+/// What an answer says of its framing and its connection (RFC 9110, 7.6.1).
+const FRAMING: [HeaderName; 7] = [
+    CONNECTION,
+    CONTENT_LENGTH,
+    TE,
+    TRAILER,
+    TRANSFER_ENCODING,
+    UPGRADE,
+    HeaderName::from_static("keep-alive"),
+];
+
 impl Fixed {
     fn new(config: &RespondConfig) -> Result<Self, Broken> {
         let status = StatusCode::from_u16(config.status)
@@ -270,9 +282,13 @@ impl Fixed {
             .filter(|status| (200..=599).contains(&status.as_u16()))
             .ok_or_else(|| Broken::value("status", config.status, "must be from 200 to 599"))?;
         let headers = config.headers.iter().map(|(name, value)| {
-            let broken = || Broken::value(name, value, "cannot be a header").under("headers");
-            let parsed = name.parse().ok().zip(value.parse().ok());
-            parsed.ok_or_else(broken)
+            let broken = |rule: &str| Broken::value(name, value, rule).under("headers");
+            let parsed: Option<(HeaderName, _)> = name.parse().ok().zip(value.parse().ok());
+            let (name, value) = parsed.ok_or_else(|| broken("cannot be a header"))?;
+            match FRAMING.contains(&name) {
+                true => Err(broken("is said by the gateway: it concerns the connection")),
+                false => Ok((name, value)),
+            }
         });
         Ok(Self {
             status,

@@ -56,9 +56,11 @@ impl Overflow {
         };
         let checked = terms.check();
         checked.map_err(|error| Broken::new("limit", format!("breaks a rule: {error}")))?;
+        let buckets = Table::new(Gcra::new(&terms), REMEMBERED);
+        let buckets = buckets.ok_or_else(|| Broken::new("hash", "finds no memory for its buckets"));
         Ok(Self {
             count: config.count,
-            buckets: Table::new(Gcra::new(&terms), REMEMBERED),
+            buckets: buckets?,
             seed: rand::random(),
             begun: Instant::now(),
         })

@@ -100,6 +100,43 @@ fn time_that_is_over_or_senseless_sends_nothing() {
 }
 
 #[test]
+fn an_answer_that_comes_a_little_late_is_not_begun() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let toml = format!(
+        "{APP}\nupstreams.app.servers = ['{}']",
+        listener.local_addr().unwrap()
+    );
+    let given: Config = toml::from_str(&toml).unwrap();
+    let config = Config {
+        routes: given.routes,
+        upstreams: given.upstreams,
+        ..config()
+    };
+    let front = Front::start(runtime(), &config, RingFrom::Nodes);
+    let late = Duration::from_millis(2);
+    std::thread::spawn(move || {
+        for (place, stream) in listener.incoming().enumerate() {
+            let mut stream = stream.unwrap();
+            read_head(&mut stream);
+            // From a little before to a little after the deadline.
+            std::thread::park_timeout(
+                Duration::from_millis(18) + late * u32::try_from(place % 8).unwrap(),
+            );
+            let whole = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\nconnection: close\r\n\r\nabc";
+            // Who asked may have left.
+            drop(stream.write_all(whole));
+        }
+    });
+    for _ in 0..48 {
+        let answer = ask(&front, "GET", "/", "20m");
+        match answer.status {
+            200 => assert_eq!(answer.body, b"abc"),
+            _ => check_over(&answer),
+        }
+    }
+}
+
+#[test]
 fn an_answer_that_has_begun_is_broken_off() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let toml = format!(

@@ -52,6 +52,10 @@ fn a_check_names_line_key_value_and_rule() {
         &["line 4: upstreams.app.servers[1].address = \"nowhere\" must be host:port"],
     );
     refused(
+        "[[routes]]\nname = 'a'\npath = '/'\nrespond.headers = { te = 'gzip' }\n",
+        &["te = \"gzip\" is said by the gateway"],
+    );
+    refused(
         "retry.tries_max = 0\n",
         &["line 1: retry.tries_max = 0 must be at least 1"],
     );
@@ -76,7 +80,13 @@ struct Running {
 
 impl Running {
     fn start(file: &Path) -> Self {
-        let mut child = gateway()
+        Self::begin(gateway(), file)
+    }
+
+    fn begin(mut command: Command, file: &Path) -> Self {
+        let mut child = command
+            .env("DORMOUSE_ADMIN_LISTEN", "127.0.0.1:0")
+            .env("DORMOUSE_LISTEN", "127.0.0.1:0")
             .arg("--config")
             .arg(file)
             .stdout(Stdio::piped())
@@ -132,6 +142,31 @@ impl Drop for Running {
         drop(self.child.kill());
         drop(self.child.wait());
     }
+}
+
+#[test]
+fn a_limit_that_there_is_no_memory_for_changes_nothing() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "nodes = []").unwrap();
+    // Four GB of address space.
+    let mut command = Command::new("sh");
+    let script = "ulimit -v 4000000; exec \"$0\" \"$@\"";
+    command.args(["-c", script, env!("CARGO_BIN_EXE_gateway")]);
+    let running = Running::begin(command, file.path());
+    let limit = "key = '{client.ip}'\nlimit = 1\nperiod = '1s'\nalgorithm = 'sliding_window'";
+    let many = "keys_max = 100000000";
+    let route = "[[routes]]\nname = 'a'\npath = '/'\nrespond.body = 'here'";
+    let config =
+        |more: &str| format!("nodes = []\n{route}\nlimits = ['l']\n[limits.l]\n{limit}\n{more}");
+    replace(file.path(), &config(many));
+    let refused = running.logged("keys_max");
+    assert!(
+        refused.contains("needs more memory than the system gives"),
+        "{refused}"
+    );
+    replace(file.path(), &config(""));
+    running.logged("config reloaded");
+    assert_eq!(running.get("/"), "here");
 }
 
 /// What any client can do at no cost writes no line each.

@@ -1,9 +1,8 @@
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use proptest::prelude::*;
-use protocol::Home;
-
-use protocol::ClassName;
+use protocol::{ClassName, Home, ObjectId};
 
 use super::*;
 use crate::clock::SystemClock;

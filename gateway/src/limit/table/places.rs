@@ -3,10 +3,8 @@
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytemuck::allocation::zeroed_slice_box;
+use bytemuck::allocation::try_zeroed_slice_box;
 use bytemuck::{Pod, Zeroable};
-use rustix::mm::{Advice, madvise};
-use tracing::debug;
 
 use super::Spot;
 
@@ -22,12 +20,6 @@ const LINE: usize = 8;
 
 /// Words of a set that are tags, two in each.
 const TAG_WORDS: usize = WAYS.div_ceil(2);
-
-/// What a page has, at least.
-const PAGE_BYTES: usize = 4096;
-
-/// And a huge one, of x86-64, and of ARM with such pages.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
@@ -56,15 +48,15 @@ impl<S> Places<S> {
 }
 
 impl<S: Pod> Places<S> {
-    pub(super) fn new(sets: usize) -> Self {
+    /// `None` if there is no address space for so many. Not in huge pages, though a decision would take a tenth less
+    /// time: a few keys would take them all.
+    pub(super) fn new(sets: usize) -> Option<Self> {
         const { assert!(size_of::<S>().is_multiple_of(size_of::<u64>())) };
-        let mut lines = zeroed_slice_box(sets * Self::LINES);
-        prefer_huge_pages(&mut lines);
-        Self {
-            lines,
-            floors: zeroed_slice_box(sets * Self::WORDS),
+        Some(Self {
+            lines: try_zeroed_slice_box(sets * Self::LINES).ok()?,
+            floors: try_zeroed_slice_box(sets * Self::WORDS).ok()?,
             state: PhantomData,
-        }
+        })
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -156,20 +148,48 @@ fn store<'w, S: Pod>(state: &S, word: impl Fn(usize) -> &'w AtomicU64) {
     }
 }
 
-/// Asks for huge pages: keys come in no order, and of small pages each would cost a walk through the page table.
-/// Where there are none, it is slower and works.
-#[expect(unsafe_code, reason = "what is advised of is an address")]
-fn prefer_huge_pages(lines: &mut [Line]) {
-    let all = lines.as_mut_ptr_range();
-    let begin = all.start.addr().next_multiple_of(PAGE_BYTES);
-    let bytes = all.end.addr().saturating_sub(begin) / PAGE_BYTES * PAGE_BYTES;
-    if bytes < HUGE_PAGE_BYTES {
-        return;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_that_was_given_away_meanwhile_is_not_taken_for_the_key() {
+        let places: Places<[u64; 1]> = Places::new(2).unwrap();
+        let spot = |tag| Spot {
+            shard: 0,
+            sets: [0, 1],
+            tag,
+        };
+        let (first, second) = (Place { set: 0, way: 2 }, Place { set: 1, way: 4 });
+        places.set_tag(first, 7);
+        let seen = places.find(&spot(7));
+        assert_eq!(seen, Some(first));
+        assert_eq!(places.find_again(&spot(7), seen), Some(first));
+        // Somebody else has it now; the key has none, and then another one.
+        places.set_tag(first, 8);
+        assert_eq!(places.find_again(&spot(7), seen), None);
+        places.set_tag(second, 7);
+        assert_eq!(places.find_again(&spot(7), seen), Some(second));
+        // It came while nobody held the lock.
+        assert_eq!(places.find_again(&spot(8), None), Some(first));
     }
-    let begin = all.start.with_addr(begin).cast();
-    // SAFETY: the pages are within `lines`, and the advice changes no byte of them.
-    let advised = unsafe { madvise(begin, bytes, Advice::LinuxHugepage) };
-    if let Err(error) = advised {
-        debug!(%error, "no huge pages for a limit");
+
+    #[test]
+    fn tags_and_states_of_a_set_are_apart() {
+        let places: Places<[u64; 3]> = Places::new(2).unwrap();
+        for way in 0..WAYS {
+            let place = Place { set: 1, way };
+            let number = u32::try_from(way).unwrap();
+            places.set_tag(place, u32::MAX - number);
+            places.set_state(place, &[u64::from(number); 3]);
+        }
+        places.set_floor(1, &[9; 3]);
+        for way in 0..WAYS {
+            let number = u32::try_from(way).unwrap();
+            assert_eq!(places.tags(1)[way], u32::MAX - number);
+            assert_eq!(places.state(Place { set: 1, way }), [u64::from(number); 3]);
+        }
+        assert_eq!(places.tags(0), [NOBODY; WAYS]);
+        assert_eq!((places.floor(0), places.floor(1)), ([0; 3], [9; 3]));
     }
 }
