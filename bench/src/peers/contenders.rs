@@ -487,69 +487,56 @@ fn pages(objects: u32) -> Rc<[Vec<u8>]> {
         .collect()
 }
 
-/// `around` stands beside the pool in nginx's config, `of_pool` in it, and `of_page` where requests are proxied.
-struct NginxRules {
-    around: &'static str,
-    of_pool: &'static str,
-    of_page: &'static str,
+/// What stands in a proxy's config besides the apps.
+#[derive(Default)]
+struct Rules {
+    /// Where all requests pass.
+    front: &'static str,
+    /// Where a server is chosen.
+    pool: &'static str,
+    /// Beside both.
+    beside: &'static str,
+    /// For who reads the results.
+    said: &'static str,
 }
 
-fn nginx(
-    places: &Places,
-    objects: u32,
-    count: usize,
-    rules: &NginxRules,
-) -> anyhow::Result<Running> {
+fn nginx(places: &Places, objects: u32, count: usize, rules: &Rules) -> anyhow::Result<Running> {
     let data = tempfile::tempdir()?;
     let (others, apps) = apps(places, &data, count)?;
     let address = free_address()?;
     let servers: Vec<String> = apps.iter().map(|app| format!("server {app};")).collect();
-    let NginxRules {
-        around,
-        of_pool,
-        of_page,
+    let Rules {
+        front,
+        pool,
+        beside,
+        said,
     } = rules;
     let http = format!(
-        "  {around}\n  upstream app {{ {of_pool} {} keepalive 128; keepalive_requests 1000000000; }}\n  \
-         server {{ listen {address}; location / {{ {of_page} proxy_pass http://app; proxy_http_version 1.1; \
+        "  {beside}\n  upstream app {{ {pool} {} keepalive 128; keepalive_requests 1000000000; }}\n  \
+         server {{ listen {address}; location / {{ {front} proxy_pass http://app; proxy_http_version 1.1; \
          proxy_set_header Connection \"\"; }} }}\n",
         servers.join(" ")
     );
     let daemon = nginx_with(places, places.server_core, &data, "proxy", &http, address)?;
-    let rules: String = [of_pool, of_page]
-        .map(|rule| rule.trim_end_matches(';'))
-        .iter()
-        .filter(|rule| !rule.is_empty())
-        .map(|rule| format!(", {rule}"))
-        .collect();
-    let command = format!("nginx (one process, keepalive 128 to the apps{rules})");
+    let command = format!("nginx (one process, keepalive 128 to the apps{said})");
     Ok(proxied(objects, address, &command, daemon, others, data))
 }
 
 fn nginx_plain(places: &Places, objects: u32) -> anyhow::Result<Running> {
-    let none = NginxRules {
-        around: "",
-        of_pool: "",
-        of_page: "",
-    };
-    nginx(places, objects, 1, &none)
+    nginx(places, objects, 1, &Rules::default())
 }
 
 fn nginx_rules(places: &Places, objects: u32) -> anyhow::Result<Running> {
-    let rules = NginxRules {
-        around: "limit_req_zone $arg_k zone=keys:64m rate=100000r/s;",
-        of_pool: "hash $arg_k consistent;",
-        of_page: "limit_req zone=keys burst=100000 nodelay;",
+    let rules = Rules {
+        front: "limit_req zone=keys burst=100000 nodelay;",
+        pool: "hash $arg_k consistent;",
+        beside: "limit_req_zone $arg_k zone=keys:64m rate=100000r/s;",
+        said: ", hash $arg_k consistent, limit_req of $arg_k",
     };
     nginx(places, objects, 2, &rules)
 }
 
-fn haproxy(
-    places: &Places,
-    objects: u32,
-    count: usize,
-    (limit, balance): (&str, &str),
-) -> anyhow::Result<Running> {
+fn haproxy(places: &Places, objects: u32, count: usize, rules: &Rules) -> anyhow::Result<Running> {
     let data = tempfile::tempdir()?;
     let (others, apps) = apps(places, &data, count)?;
     let address = free_address()?;
@@ -560,43 +547,48 @@ fn haproxy(
     let config = format!(
         "global\n  nbthread 1\n  maxconn 8192\ndefaults\n  mode http\n  timeout connect 5s\n  \
          timeout client 60s\n  timeout server 60s\n  http-reuse always\n\
-         frontend front\n  bind {address}\n{limit}  default_backend apps\nbackend apps\n{balance}{servers}"
+         frontend front\n  bind {address}\n{}  default_backend apps\nbackend apps\n{}{servers}",
+        rules.front, rules.pool
     );
     let file: PathBuf = data.path().join("haproxy.cfg");
     fs::write(&file, config)?;
     let program = places.haproxy.as_deref().context("haproxy is there")?;
     let file = file.to_str().context("the path is text")?;
     let daemon = Daemon::start(places.server_core, program, &["-db", "-f", file], address)?;
-    let command = "haproxy -db (nbthread 1, http-reuse always)";
-    Ok(proxied(objects, address, command, daemon, others, data))
+    let command = format!("haproxy -db (nbthread 1, http-reuse always{})", rules.said);
+    Ok(proxied(objects, address, &command, daemon, others, data))
 }
 
 fn haproxy_plain(places: &Places, objects: u32) -> anyhow::Result<Running> {
-    haproxy(places, objects, 1, ("", ""))
+    haproxy(places, objects, 1, &Rules::default())
 }
 
 fn haproxy_rules(places: &Places, objects: u32) -> anyhow::Result<Running> {
-    let limit = "  stick-table type string len 32 size 200k expire 60s store http_req_rate(1s)\n  \
-                 http-request track-sc0 url_param(k)\n  \
-                 http-request deny deny_status 429 if { sc_http_req_rate(0) gt 100000 }\n";
-    let balance = "  balance url_param k\n  hash-type consistent\n";
-    haproxy(places, objects, 2, (limit, balance))
+    let rules = Rules {
+        front: "  stick-table type string len 32 size 200k expire 60s store http_req_rate(1s)\n  \
+                http-request track-sc0 url_param(k)\n  \
+                http-request deny deny_status 429 if { sc_http_req_rate(0) gt 100000 }\n",
+        pool: "  balance url_param k\n  hash-type consistent\n",
+        beside: "",
+        said: ", balance url_param k, deny by http_req_rate of it",
+    };
+    haproxy(places, objects, 2, &rules)
 }
 
-/// `rules` are the route's, `more` follows the pool.
-fn proxy(
-    places: &Places,
-    objects: u32,
-    count: usize,
-    (rules, more): (&str, &str),
-) -> anyhow::Result<Running> {
+fn proxy(places: &Places, objects: u32, count: usize, rules: &Rules) -> anyhow::Result<Running> {
+    let Rules {
+        front,
+        pool,
+        beside,
+        said,
+    } = rules;
     let data = tempfile::tempdir()?;
     let (others, apps) = apps(places, &data, count)?;
     let servers: Vec<String> = apps.iter().map(|app| format!("\"{app}\"")).collect();
     let config = format!(
         "nodes = []\nthreads = 1\n\
-         [[routes]]\nname = \"app\"\npath = \"/*\"\nupstream = \"app\"\n{rules}\
-         [upstreams.app]\nservers = [{}]\n{more}",
+         [[routes]]\nname = \"app\"\npath = \"/*\"\nupstream = \"app\"\n{front}\
+         [upstreams.app]\nservers = [{}]\n{pool}{beside}",
         servers.join(", ")
     );
     let file = data.path().join("gateway.toml");
@@ -624,7 +616,7 @@ fn proxy(
         protocol: Protocol::Http,
         requests: pages(objects),
         reads: Vec::new(),
-        commands: vec!["dormouse gateway --config (threads = 1)".to_owned()],
+        commands: vec![format!("dormouse gateway --config (threads = 1{said})")],
         measured: Vec::new(),
         cluster: None,
         gateway: Some(gateway),
@@ -634,17 +626,20 @@ fn proxy(
 }
 
 fn proxy_plain(places: &Places, objects: u32) -> anyhow::Result<Running> {
-    proxy(places, objects, 1, ("", ""))
+    proxy(places, objects, 1, &Rules::default())
 }
 
 fn proxy_two(places: &Places, objects: u32) -> anyhow::Result<Running> {
-    proxy(places, objects, 2, ("", ""))
+    proxy(places, objects, 2, &Rules::default())
 }
 
 fn proxy_rules(places: &Places, objects: u32) -> anyhow::Result<Running> {
-    let rules = "limits = [\"per-key\"]\n\
-                 validate.values = { \"query.k\" = \"[0-9]{1,6}\", \"header.host\" = \"[a-z]+\" }\n";
-    let more = "balance = \"hash\"\nkey = \"{query.k}\"\n\
-                [limits.per-key]\nkey = \"{query.k}\"\nlimit = 100000\nperiod = \"1s\"\nkeys_max = 200000\n";
-    proxy(places, objects, 2, (rules, more))
+    let rules = Rules {
+        front: "limits = [\"per-key\"]\n\
+                validate.values = { \"query.k\" = \"[0-9]{1,6}\", \"header.host\" = \"[a-z]+\" }\n",
+        pool: "balance = \"hash\"\nkey = \"{query.k}\"\n",
+        beside: "[limits.per-key]\nkey = \"{query.k}\"\nlimit = 100000\nperiod = \"1s\"\nkeys_max = 200000\n",
+        said: ", hash, limit and check of {query.k}, check of a header",
+    };
+    proxy(places, objects, 2, &rules)
 }
