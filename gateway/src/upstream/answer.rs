@@ -61,7 +61,7 @@ fn plain(
         return None;
     }
     let status = StatusCode::from_u16(status).ok()?;
-    // Not with pingora's methods, which keep two maps in step.
+    // Not with `append_header`, which parses each name again.
     let mut headers = HeaderMap::with_capacity(parsed.headers.len() + 4);
     let mut length = None;
     let mut keeps = true;
