@@ -2,11 +2,10 @@
 //!
 //! Those that may go to the same places are a *group*: with the strategy `hash` those of one shard, with the
 //! others, where any shard will do, all of a counter. A group has a few calls under way at a time, one per shard
-//! and [`CALLS_PER_WORKER`] per worker, so that every worker has something to do while a log syncs. An increment
-//! that finds room goes at once. Those that find none wait, and when a call is back all of them go as one
-//! increment by their sum, to the same shard or, after some of them, to the one whose turn it is, answered when
-//! that is durable. So what a call costs is shared by all that it carries, however many shards there are, and
-//! without a crowd nobody waits.
+//! and one per worker, or [`CALLS_AT_ONCE`] if there is one worker. An increment that finds room goes at once. Those
+//! that find none wait, and when a call is back all of them go as one increment by their sum, to the same shard or,
+//! after some of them, to the one whose turn it is, answered when that is durable. So what a call costs is shared
+//! by all that it carries, however many shards there are, and without a crowd nobody waits.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -22,9 +21,9 @@ use super::plans::{PlanKey, Planned};
 use super::{Counters, Origin};
 use crate::proxy::Shared;
 
-/// Calls of one group that one worker has at a time, from one thread: one that waits for the disk, and one that is
-/// worked at. More would share the increments that come among smaller batches.
-const CALLS_PER_WORKER: usize = 2;
+/// Calls of one group under way at a time, from one thread, unless more workers than that have shards: one that waits
+/// for the disk, and one that is worked at. More would share the increments that come among smaller batches.
+const CALLS_AT_ONCE: usize = 2;
 
 /// Batches that go to one shard before the next has its turn: shards with news report it, each for itself.
 const CALLS_IN_A_ROW: u32 = 32;
@@ -98,6 +97,11 @@ trait Workers {
     fn count(&self) -> usize;
 }
 
+/// Calls of one group that a worker has at a time: each has its share, so that none that is silent holds up the others.
+fn calls_per_worker(workers: usize) -> usize {
+    CALLS_AT_ONCE.div_ceil(workers.max(1))
+}
+
 impl Group {
     /// The shard whose turn it is. Another one each time, if any will do.
     fn next_seat(&self, planned: &Planned) -> Seat {
@@ -112,7 +116,8 @@ impl Line {
             Some(_) => 1,
             None => SEATS_TRIED.min(planned.plan.shards as usize),
         };
-        if self.under_way.len() >= CALLS_PER_WORKER * workers.count().max(1) {
+        let per_worker = calls_per_worker(workers.count());
+        if self.under_way.len() >= per_worker * workers.count().max(1) {
             return None;
         }
         (0..tries).find_map(|_| {
@@ -122,7 +127,7 @@ impl Line {
             let there = self.under_way.iter();
             let there = there.filter(|taken| taken.worker == worker).count();
             let calls = 1;
-            (free && there < CALLS_PER_WORKER).then_some(Taken {
+            (free && there < per_worker).then_some(Taken {
                 seat,
                 worker,
                 calls,
