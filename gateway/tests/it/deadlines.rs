@@ -34,6 +34,12 @@ fn before_app(more: &str) -> (Front, Scripted) {
     (Front::start(runtime, &config, RingFrom::Nodes), app)
 }
 
+/// The same before whatever `listener` does.
+fn before(listener: &TcpListener) -> Front {
+    let app = listener.local_addr().unwrap();
+    Front::of_apps(&format!("{APP}\nupstreams.app.servers = ['{app}']"))
+}
+
 fn ask(front: &Front, method: &str, path: &str, timeout: &str) -> Answer {
     let request = front.request(method, path);
     front.send(request.header("grpc-timeout", timeout), "")
@@ -102,17 +108,7 @@ fn time_that_is_over_or_senseless_sends_nothing() {
 #[test]
 fn an_answer_that_comes_a_little_late_is_not_begun() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let toml = format!(
-        "{APP}\nupstreams.app.servers = ['{}']",
-        listener.local_addr().unwrap()
-    );
-    let given: Config = toml::from_str(&toml).unwrap();
-    let config = Config {
-        routes: given.routes,
-        upstreams: given.upstreams,
-        ..config()
-    };
-    let front = Front::start(runtime(), &config, RingFrom::Nodes);
+    let front = before(&listener);
     let late = Duration::from_millis(2);
     std::thread::spawn(move || {
         for (place, stream) in listener.incoming().enumerate() {
@@ -139,17 +135,7 @@ fn an_answer_that_comes_a_little_late_is_not_begun() {
 #[test]
 fn an_answer_that_has_begun_is_broken_off() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let toml = format!(
-        "{APP}\nupstreams.app.servers = ['{}']",
-        listener.local_addr().unwrap()
-    );
-    let given: Config = toml::from_str(&toml).unwrap();
-    let config = Config {
-        routes: given.routes,
-        upstreams: given.upstreams,
-        ..config()
-    };
-    let front = Front::start(runtime(), &config, RingFrom::Nodes);
+    let front = before(&listener);
     let serving = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         read_head(&mut stream);

@@ -272,12 +272,13 @@ fn exchange(address: SocketAddr, bytes: &[u8]) -> String {
         .set_read_timeout(Some(Duration::from_secs(20)))
         .unwrap();
     // In pieces: whoever waits for more must not take what is there for all.
-    for piece in bytes.chunks(7) {
-        stream.write_all(piece).unwrap();
-        stream.flush().unwrap();
-    }
+    // A refused connection may be reset, before all of it was written as well.
+    drop(
+        bytes
+            .chunks(7)
+            .try_for_each(|piece| stream.write_all(piece)),
+    );
     let mut answer = Vec::new();
-    // A refused connection may be reset.
     drop(stream.read_to_end(&mut answer));
     String::from_utf8_lossy(&answer).into_owned()
 }

@@ -297,14 +297,8 @@ fn before(serve: impl FnOnce(TcpStream) + Send + 'static) -> Front {
         "{APP}\nupstreams.app = {{ servers = ['{}'], retry.tries_max = 1 }}",
         listener.local_addr().unwrap()
     );
-    let given: Config = toml::from_str(&toml).unwrap();
-    let config = Config {
-        routes: given.routes,
-        upstreams: given.upstreams,
-        ..config()
-    };
     std::thread::spawn(move || serve(listener.accept().unwrap().0));
-    Front::start(runtime(), &config, RingFrom::Nodes)
+    Front::of_apps(&toml)
 }
 
 #[test]

@@ -315,6 +315,17 @@ impl Front {
         }
     }
 
+    /// A gateway without nodes, with the routes and upstreams of `toml`.
+    pub(crate) fn of_apps(toml: &str) -> Self {
+        let given: Config = toml::from_str(toml).unwrap();
+        let config = Config {
+            routes: given.routes,
+            upstreams: given.upstreams,
+            ..config()
+        };
+        Self::start(runtime(), &config, RingFrom::Nodes)
+    }
+
     /// A gateway before one scripted worker.
     pub(crate) fn before_worker() -> (Self, Scripted) {
         let runtime = runtime();
