@@ -505,20 +505,20 @@ fn nginx(places: &Places, objects: u32, count: usize, rules: &Rules) -> anyhow::
     let (others, apps) = apps(places, &data, count)?;
     let address = free_address()?;
     let servers: Vec<String> = apps.iter().map(|app| format!("server {app};")).collect();
-    let Rules {
-        front,
-        pool,
-        beside,
-        said,
-    } = rules;
     let http = format!(
-        "  {beside}\n  upstream app {{ {pool} {} keepalive 128; keepalive_requests 1000000000; }}\n  \
-         server {{ listen {address}; location / {{ {front} proxy_pass http://app; proxy_http_version 1.1; \
+        "  {}\n  upstream app {{ {} {} keepalive 128; keepalive_requests 1000000000; }}\n  \
+         server {{ listen {address}; location / {{ {} proxy_pass http://app; proxy_http_version 1.1; \
          proxy_set_header Connection \"\"; }} }}\n",
-        servers.join(" ")
+        rules.beside,
+        rules.pool,
+        servers.join(" "),
+        rules.front
     );
     let daemon = nginx_with(places, places.server_core, &data, "proxy", &http, address)?;
-    let command = format!("nginx (one process, keepalive 128 to the apps{said})");
+    let command = format!(
+        "nginx (one process, keepalive 128 to the apps{})",
+        rules.said
+    );
     Ok(proxied(objects, address, &command, daemon, others, data))
 }
 
@@ -576,20 +576,17 @@ fn haproxy_rules(places: &Places, objects: u32) -> anyhow::Result<Running> {
 }
 
 fn proxy(places: &Places, objects: u32, count: usize, rules: &Rules) -> anyhow::Result<Running> {
-    let Rules {
-        front,
-        pool,
-        beside,
-        said,
-    } = rules;
     let data = tempfile::tempdir()?;
     let (others, apps) = apps(places, &data, count)?;
     let servers: Vec<String> = apps.iter().map(|app| format!("\"{app}\"")).collect();
     let config = format!(
         "nodes = []\nthreads = 1\n\
-         [[routes]]\nname = \"app\"\npath = \"/*\"\nupstream = \"app\"\n{front}\
-         [upstreams.app]\nservers = [{}]\n{pool}{beside}",
-        servers.join(", ")
+         [[routes]]\nname = \"app\"\npath = \"/*\"\nupstream = \"app\"\n{}\
+         [upstreams.app]\nservers = [{}]\n{}{}",
+        rules.front,
+        servers.join(", "),
+        rules.pool,
+        rules.beside
     );
     let file = data.path().join("gateway.toml");
     fs::write(&file, config)?;
@@ -616,7 +613,10 @@ fn proxy(places: &Places, objects: u32, count: usize, rules: &Rules) -> anyhow::
         protocol: Protocol::Http,
         requests: pages(objects),
         reads: Vec::new(),
-        commands: vec![format!("dormouse gateway --config (threads = 1{said})")],
+        commands: vec![format!(
+            "dormouse gateway --config (threads = 1{})",
+            rules.said
+        )],
         measured: Vec::new(),
         cluster: None,
         gateway: Some(gateway),

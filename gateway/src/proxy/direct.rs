@@ -13,7 +13,7 @@ use pingora_core::upstreams::peer::PeerOptions;
 use pingora_core::{Error, ErrorType, OrErr, Result, RetryType};
 use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
-// A timer only for what has to wait, with room of its own.
+// A timer only for what has to wait. Exact to the ms, unlike pingora's cheaper ones: clients are told of deadlines.
 use pingora_timeout::tokio_timeout as timeout;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
