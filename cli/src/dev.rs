@@ -159,6 +159,8 @@ async fn serve(
     let token = args.admin_token.as_deref().map(Arc::from);
     let admin = tokio::spawn(admin::serve(admin_listener, token, pages));
     let front = gateway.address();
+    // Before anybody is told to go on: whatever they change then is seen.
+    let reloader = Reloader::new(&gateway, args.config.clone(), watch_every);
     process::print_line(&format!(
         "ready http://{front} admin http://{admin_address}"
     ));
@@ -167,9 +169,7 @@ async fn serve(
          curl -X PUT http://{front}/objects/Kv/room-1/topic --data 'dormice'\n  \
          curl http://{front}/objects/Kv/room-1/topic"
     ));
-    Reloader::new(&gateway, args.config.clone(), watch_every)
-        .until_stopped(&mut signals)
-        .await;
+    reloader.until_stopped(&mut signals).await;
     info!("stopping");
     for task in upkeep {
         task.abort();

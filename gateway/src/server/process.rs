@@ -81,6 +81,8 @@ async fn serve(
         }
         tokio::spawn(predecessor.follow(gateway.cache()))
     });
+    // Before anybody is told to go on: whatever they change then is seen.
+    let reloader = Reloader::new(&gateway, file, config.watch_every);
     process::print_line(&format!(
         "ready http://{} admin http://{admin_address}{}",
         gateway.address(),
@@ -88,7 +90,6 @@ async fn serve(
             .tls_address()
             .map_or_else(String::new, |address| format!(" tls https://{address}"))
     ));
-    let reloader = Reloader::new(&gateway, file, config.watch_every);
     let successor = tokio::select! {
         () = reloader.until_stopped(&mut signals) => None,
         successor = accepted(offer.as_ref(), &gateway) => Some(successor),
